@@ -1,0 +1,29 @@
+"""Errors of the package. Each message names the thing, its value and what is allowed."""
+
+
+class A2C2Error(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class ConfigError(A2C2Error, ValueError):
+    """A parameter or configuration file is wrong, alone or together with others."""
+
+
+class ChunkError(A2C2Error, ValueError):
+    """An action chunk cannot be used: its shape, names, values or stamps are wrong."""
+
+
+class ObservationError(A2C2Error, ValueError):
+    """An observation does not have the stream, shape, dtype or encoding that was declared."""
+
+
+class ManifestError(A2C2Error, ValueError):
+    """A head and the chunks, cameras or robot that it is to be used with do not fit each other."""
+
+
+class PolicyError(A2C2Error, RuntimeError):
+    """A policy cannot be loaded or did not return a usable chunk."""
+
+
+class SimulationError(A2C2Error, RuntimeError):
+    """The simulator was asked for something that it does not have, or returned unusable data."""
