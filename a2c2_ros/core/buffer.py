@@ -1,0 +1,45 @@
+"""The chunks that the control loop may execute."""
+
+from a2c2_ros.core.chunk import ActionChunk
+from a2c2_ros.core.schedule import slot_index
+
+
+class ChunkBuffer:
+    """Keeps the newest chunks by observation stamp and picks the one that owns a tick.
+
+    Chunks may arrive late, twice or out of order: what counts is the stamp of their observation. Not thread safe: the
+    owner serialises the calls.
+    """
+
+    def __init__(self, capacity: int = 4) -> None:
+        self._capacity = capacity
+        self._chunks: list[ActionChunk] = []  # newest observation first
+
+    def install(self, chunk: ActionChunk) -> bool:
+        """Take a chunk.
+
+        Returns:
+            False if a chunk of the same observation is here already or only newer ones fit.
+        """
+        if any(chunk.t_obs_ns == other.t_obs_ns for other in self._chunks):
+            return False
+        self._chunks.append(chunk)
+        self._chunks.sort(key=lambda c: c.t_obs_ns, reverse=True)
+        del self._chunks[self._capacity :]
+        return chunk in self._chunks
+
+    def select(self, t_tick_ns: int) -> tuple[ActionChunk, int] | None:
+        """The newest chunk with ``0 <= k < H`` at this tick, and its slot k; None if there is none."""
+        for chunk in self._chunks:
+            slot = slot_index(t_tick_ns, chunk.t_obs_ns, chunk.step_ns)
+            if 0 <= slot < chunk.horizon:
+                return chunk, slot
+        return None
+
+    def has(self, t_obs_ns: int) -> bool:
+        """True if the chunk of the observation with this stamp is here."""
+        return any(chunk.t_obs_ns == t_obs_ns for chunk in self._chunks)
+
+    def clear(self) -> None:
+        """Forget every chunk."""
+        self._chunks.clear()

@@ -1,0 +1,82 @@
+"""The newest sample of every sensor stream, with its age."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from a2c2_ros.core.errors import ObservationError
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What a sensor stream delivers."""
+
+    shape: tuple[int, ...]
+    dtype: str  # numpy name, e.g. "uint8"
+    max_age_ns: int  # older samples may not move the robot
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Immutable snapshot: the newest sample of each stream that has delivered one."""
+
+    values: Mapping[str, np.ndarray]
+    stamps_ns: Mapping[str, int]
+
+    def ages_ns(self, now_ns: int) -> dict[str, int]:
+        """Age of every sample [ns]; negative if its stamp is in the future."""
+        return {name: now_ns - stamp for name, stamp in self.stamps_ns.items()}
+
+    def synchronous_at(self, stamp_ns: int, streams: Mapping[str, StreamSpec]) -> bool:
+        """True if every stream's sample carries exactly this stamp (lockstep)."""
+        return all(self.stamps_ns.get(name) == stamp_ns for name in streams)
+
+
+@dataclass
+class ObservationBuffer:
+    """Keeps the newest sample of each declared stream. Not thread safe: the owner serialises the calls."""
+
+    streams: Mapping[str, StreamSpec]
+    _values: dict[str, np.ndarray] = field(default_factory=dict)
+    _stamps: dict[str, int] = field(default_factory=dict)
+
+    def put(self, stream: str, stamp_ns: int, value: np.ndarray) -> bool:
+        """Take a sample.
+
+        Args:
+            stream: Name of a declared stream.
+            stamp_ns: When it was measured [ns]; 0 means that the driver did not say, and is refused.
+            value: Array of the declared shape and dtype. It is not copied: the caller must not change it later.
+
+        Returns:
+            False if a sample at least as new is here already.
+
+        Raises:
+            ObservationError: On an unknown stream, a wrong shape or dtype, a value that is not finite or no stamp.
+        """
+        spec = self.streams.get(stream)
+        if spec is None:
+            raise ObservationError(f"stream {stream!r} is not declared, allowed are {sorted(self.streams)}")
+        if value.shape != spec.shape or value.dtype != np.dtype(spec.dtype):
+            raise ObservationError(
+                f"stream {stream!r} delivered {value.shape} {value.dtype}, allowed is {spec.shape} {spec.dtype}"
+            )
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ObservationError(f"stream {stream!r} delivered a value that is not finite")
+        if stamp_ns <= 0:
+            raise ObservationError(f"stream {stream!r} has stamp {stamp_ns} ns, allowed is a time after 0")
+        if stamp_ns <= self._stamps.get(stream, 0):
+            return False
+        self._values[stream] = value
+        self._stamps[stream] = stamp_ns
+        return True
+
+    def snapshot(self) -> Observation:
+        """The newest samples, as an immutable view."""
+        return Observation(values=dict(self._values), stamps_ns=dict(self._stamps))
+
+    def clear(self) -> None:
+        """Forget every sample (the clock jumped back)."""
+        self._values.clear()
+        self._stamps.clear()

@@ -1,0 +1,30 @@
+"""What the control loop has to know of a robot."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from a2c2_ros.core.limits import Limits
+from a2c2_ros.core.observation import StreamSpec
+from a2c2_ros.core.safety import HoldPolicy
+
+
+@dataclass(frozen=True, eq=False)
+class Robot:
+    """A robot as the core sees it; ``drivers.profile`` builds it from a YAML profile."""
+
+    name: str
+    action_names: tuple[str, ...]  # order of the action
+    action_space: str  # meaning and unit, e.g. "osc_pose_delta"
+    streams: Mapping[str, StreamSpec]  # sensor streams that a command needs
+    cameras: tuple[str, ...]  # the streams that are camera images
+    state_names: tuple[str, ...]  # order of the state
+    state_of: Callable[[Mapping[str, np.ndarray]], np.ndarray]  # stream values -> (S,) float32 state
+    measured_of: Callable[[Mapping[str, np.ndarray]], np.ndarray | None]  # -> (A,) position in action units, or None
+    limits: Limits
+    hold: HoldPolicy
+
+    def images(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The camera images of an observation, (height, width, 3) uint8 RGB by camera name."""
+        return {name: values[name] for name in self.cameras}

@@ -1,0 +1,64 @@
+"""The grid of scheduled ticks and statistics of what was measured."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One tick of the control loop."""
+
+    t_tick_ns: int  # scheduled time [ns]
+    lateness_ns: int  # how late it runs [ns]
+    missed: int  # ticks skipped since the last one
+    jumped: bool  # the clock jumped since the last one
+
+
+class TickGrid:
+    """Maps the time at which a timer fired to the scheduled tick.
+
+    Ticks lie on ``origin + n·period``. A tick that fires early or late belongs to the nearest point of the grid that
+    was not used yet; a missed tick is skipped and counted, never bunched. A step of the clock backwards, or forwards by
+    more than ``jump_ns``, is a jump: the next tick starts afresh.
+    """
+
+    def __init__(self, period_ns: int, jump_ns: int = 1_000_000_000) -> None:
+        self.period_ns = period_ns
+        self._jump_ns = jump_ns
+        self._origin_ns: int | None = None
+        self._last_ns: int | None = None
+
+    def tick(self, now_ns: int) -> Tick | None:
+        """The tick that is due now, or None if its point of the grid was used already."""
+        if self._origin_ns is None or self._last_ns is None:
+            self._origin_ns = self._last_ns = now_ns
+            return Tick(now_ns, 0, 0, jumped=False)
+        since_last = now_ns - self._last_ns
+        if since_last <= -self.period_ns or since_last > self._jump_ns:
+            self._origin_ns = self._last_ns = now_ns
+            return Tick(now_ns, 0, 0, jumped=True)
+        steps = (since_last + self.period_ns // 2) // self.period_ns
+        if steps <= 0:
+            return None
+        self._last_ns += steps * self.period_ns
+        return Tick(self._last_ns, now_ns - self._last_ns, steps - 1, jumped=False)
+
+
+class Window:
+    """The newest measurements of one quantity; percentiles on demand."""
+
+    def __init__(self, capacity: int = 100_000) -> None:
+        self._values: deque[float] = deque(maxlen=capacity)
+
+    def add(self, value: float) -> None:
+        """Take one measurement."""
+        self._values.append(value)
+
+    def percentile(self, q: float) -> float | None:
+        """The q-th percentile, or None without a measurement."""
+        return float(np.percentile(self._values, q)) if self._values else None
+
+    def __len__(self) -> int:
+        return len(self._values)
