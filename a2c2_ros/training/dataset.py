@@ -1,0 +1,194 @@
+"""Demonstrations for training: a LeRobotDataset in memory, frames decoded once, augmentation in numpy."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from a2c2_ros.core.errors import ConfigError
+
+# Actions that are commands of a state, not motions: after the end of an episode they keep their last value.
+HELD_ACTIONS = ("gripper",)
+IMAGE_PREFIX = "observation.images."
+
+
+@dataclass(frozen=True, eq=False)
+class Demonstrations:
+    """N frames of several episodes, one after the other."""
+
+    frames: Mapping[str, np.ndarray]  # camera -> (N, size, size, 3) uint8 RGB, memory-mapped
+    state: np.ndarray  # (N, S) float32
+    action: np.ndarray  # (N, A) float32, the expert's action without exploration noise
+    objects: np.ndarray  # (N, O) float32 [m], privileged, training target only; O may be 0
+    episode: np.ndarray  # (N,) int64
+    start: np.ndarray  # (N,) int64, first frame of the frame's episode
+    end: np.ndarray  # (N,) int64, one past the last frame of the frame's episode
+    task: np.ndarray  # (N,) int64, row of instructions
+    instructions: tuple[str, ...]
+    action_names: tuple[str, ...]
+    state_names: tuple[str, ...]
+    step_ns: int
+    data_hash: str  # of the files that the frames come from
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def split(self, holdout: float) -> tuple[np.ndarray, np.ndarray]:
+        """Frame indices for training and validation; whole episodes, of every task the last ones.
+
+        Args:
+            holdout: Fraction of the episodes for validation, 0 < holdout < 1; at least one per task.
+
+        Raises:
+            ConfigError: If a task has fewer than two episodes.
+        """
+        held = []
+        for task, instruction in enumerate(self.instructions):
+            episodes = np.unique(self.episode[self.task == task])
+            if len(episodes) < 2:
+                raise ConfigError(f"task {instruction!r} has {len(episodes)} episodes, allowed are 2 or more")
+            held += list(episodes[-max(1, round(holdout * len(episodes))) :])
+        validation = np.isin(self.episode, held)
+        return np.flatnonzero(~validation), np.flatnonzero(validation)
+
+    def chunks(self, indices: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+        """Expert chunks that start at the given frames.
+
+        Slots after the episode's end stand still: zero motion, held actions keep their last value.
+
+        Returns:
+            (B, H, A) float32 and (B, H) bool, True where the slot is inside the episode.
+        """
+        slots = indices[:, None] + np.arange(horizon)
+        last = self.end[indices][:, None] - 1
+        inside = slots <= last
+        actions = self.action[np.minimum(slots, last)]
+        moves = np.array([name not in HELD_ACTIONS for name in self.action_names])
+        return np.where(~inside[:, :, None] & moves, np.float32(0.0), actions), inside
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes that must not change the action."""
+
+    shift: int = 4  # [pixels], either direction, edges repeated
+    brightness: float = 0.2  # relative gain, either direction
+    state_noise: float = 0.03  # standard deviation in standard deviations of the data
+
+    def image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A shifted, brighter or darker copy of a (size, size, 3) uint8 image."""
+        size = image.shape[0]
+        dy, dx = rng.integers(-self.shift, self.shift + 1, 2)
+        axis = np.arange(size)
+        shifted = image[np.clip(axis + dy, 0, size - 1)][:, np.clip(axis + dx, 0, size - 1)]
+        gain = 1.0 + rng.uniform(-self.brightness, self.brightness)
+        return np.clip(np.arange(256) * gain, 0, 255).astype(np.uint8)[shifted]
+
+
+def observations(
+    data: Demonstrations, indices: np.ndarray, augmentation: Augmentation | None, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Images per camera (B, size, size, 3) uint8 and states (B, S) float32 of frames, augmented unless None."""
+    state = data.state[indices]
+    if augmentation is None:
+        return {name: frames[indices] for name, frames in data.frames.items()}, state
+    images = {
+        name: np.stack([augmentation.image(frames[i], rng) for i in indices]) for name, frames in data.frames.items()
+    }
+    noise = rng.standard_normal(state.shape) * augmentation.state_noise * data.state.std(axis=0)
+    return images, (state + noise).astype(np.float32)
+
+
+def load_demonstrations(root: str | Path, cameras: Sequence[str] | None = None) -> Demonstrations:
+    """Read a LeRobotDataset; its videos are decoded to ``cache/`` in its folder at the first time.
+
+    Args:
+        root: Folder of the data set.
+        cameras: Which cameras, None for all.
+
+    Raises:
+        ConfigError: If the folder has no data set, or a feature is missing.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    root = Path(root)
+    if not (root / "meta" / "info.json").is_file():
+        raise ConfigError(f"{root} has no LeRobotDataset: meta/info.json is missing")
+    source = LeRobotDataset(f"local/{root.name}", root=root)
+    available = [key.removeprefix(IMAGE_PREFIX) for key in source.meta.video_keys]
+    cameras = list(cameras or available)
+    missing = [f"{IMAGE_PREFIX}{name}" for name in cameras if name not in available]
+    missing += [key for key in ("observation.state", "action") if key not in source.features]
+    if missing:
+        raise ConfigError(f"{root}: features {missing} are missing; it has {sorted(source.features)}")
+
+    table = source.hf_dataset.with_format("numpy")
+    episode = np.asarray(table["episode_index"], dtype=np.int64)
+    first = np.flatnonzero(np.r_[True, np.diff(episode) != 0])
+    lengths = np.diff(np.r_[first, len(episode)])
+    task_index = np.asarray(table["task_index"], dtype=np.int64)
+    task_ids, task = np.unique(task_index, return_inverse=True)
+    names = {int(row.task_index): str(text) for text, row in source.meta.tasks.iterrows()}
+    column = {
+        key: np.stack(table[key]).astype(np.float32).reshape(len(episode), -1)
+        for key in ("observation.state", "action", "observation.objects")
+        if key in source.features
+    }
+    data_hash = _hash_files(root)
+    return Demonstrations(
+        frames={name: _decode(source, root, name, episode, data_hash) for name in cameras},
+        state=column["observation.state"],
+        action=column["action"],
+        objects=column.get("observation.objects", np.zeros((len(episode), 0), dtype=np.float32)),
+        episode=episode,
+        start=np.repeat(first, lengths),
+        end=np.repeat(first + lengths, lengths),
+        task=task,
+        instructions=tuple(names[int(i)] for i in task_ids),
+        action_names=_names(source.features, "action"),
+        state_names=_names(source.features, "observation.state"),
+        step_ns=round(1e9 / source.fps),
+        data_hash=data_hash,
+    )
+
+
+def _names(features: Mapping[str, Mapping], key: str) -> tuple[str, ...]:
+    names = features[key].get("names")
+    if isinstance(names, Mapping):
+        names = next(iter(names.values()))
+    if not names or len(names) != features[key]["shape"][0]:
+        raise ConfigError(f"feature {key!r} has names {names!r}, allowed are {features[key]['shape'][0]} names")
+    return tuple(str(name) for name in names)
+
+
+def _hash_files(root: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for part in ("meta", "data", "videos") for p in (root / part).rglob("*") if p.is_file()):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _decode(source, root: Path, camera: str, episode: np.ndarray, data_hash: str) -> np.ndarray:
+    """Memory-mapped frames (N, size, size, 3) of a camera, written once per state of the data set."""
+    from lerobot.datasets.video_utils import decode_video_frames
+
+    path = root / "cache" / data_hash[:12] / f"{camera}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        key = f"{IMAGE_PREFIX}{camera}"
+        shape = (len(episode), *source.features[key]["shape"])
+        frames = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+        for index in tqdm(np.unique(episode), desc=f"decode {camera}", unit="episode"):
+            rows = np.flatnonzero(episode == index)
+            offset = source.meta.episodes[int(index)][f"videos/{key}/from_timestamp"]
+            stamps = [offset + i / source.fps for i in range(len(rows))]
+            video = root / source.meta.get_video_file_path(int(index), key)
+            decoded = decode_video_frames(video, stamps, 0.5 / source.fps, return_uint8=True)
+            frames[rows] = decoded.permute(0, 2, 3, 1).numpy()
+        frames.flush()
+        partial.rename(path)
+    return np.load(path, mmap_mode="r")
