@@ -36,10 +36,6 @@ class ChunkBuffer:
                 return chunk, slot
         return None
 
-    def has(self, t_obs_ns: int) -> bool:
-        """True if the chunk of the observation with this stamp is here."""
-        return any(chunk.t_obs_ns == t_obs_ns for chunk in self._chunks)
-
     def clear(self) -> None:
         """Forget every chunk."""
         self._chunks.clear()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.schedule import check_timing
 
-Config = TypeVar("Config", bound="_Parameters")
+Config = TypeVar("Config", bound="Parameters")
 
 
 def parameter(
@@ -21,7 +21,7 @@ def parameter(
 
 
 @dataclass(frozen=True)
-class _Parameters:
+class Parameters:
     """Base of the parameter sets. A ROS parameter's name is the field's with ``__`` for ``.``."""
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class _Parameters:
 
 
 @dataclass(frozen=True)
-class PlannerConfig(_Parameters):
+class PlannerConfig(Parameters):
     """Parameters of ``chunk_planner``."""
 
     policy: str = parameter("flow", "Kind of policy, see policies/registry.py", dynamic=False)
@@ -110,7 +110,7 @@ class PlannerConfig(_Parameters):
 
 
 @dataclass(frozen=True)
-class ControllerConfig(_Parameters):
+class ControllerConfig(Parameters):
     """Parameters of ``correction_controller``."""
 
     robot: str = parameter("libero", "Robot profile: a name in config/robots or a path", dynamic=False)

@@ -31,6 +31,8 @@ class ControlStep:
     chunk_id: int  # chunk that owns the slot, 0 if none
     t_obs_ns: int  # stamp of that chunk's observation, 0 if none
     slot: int  # k, -1 if none
+    horizon: int  # H of that chunk, 0 if none
+    chunk_delay_steps: int  # effective d of that chunk: the first of its slots that was executed; -1 if none
     base_action: np.ndarray  # (A,) float32, zeros if there is no chunk
     residual: np.ndarray  # (A,) float32, what the head returned; zeros if it did not run
     command: np.ndarray | None  # (A,) float32, what is to be executed; None: nothing is sent
@@ -61,6 +63,7 @@ class CorrectionLoop:
         self._previous: np.ndarray | None = None
         self._started = False
         self._checked: tuple[ActionChunk, str] | None = None
+        self._first_slot: tuple[ActionChunk | None, int] = (None, -1)
         self._max_ages_ns = {name: spec.max_age_ns for name, spec in robot.streams.items()}
         self.ticks = 0
         self.counts: Counter[State] = Counter()
@@ -102,15 +105,17 @@ class CorrectionLoop:
         self._started |= installed
         return installed
 
-    def has_chunk(self, t_obs_ns: int) -> bool:
-        """True if the chunk of the observation with this stamp has arrived."""
-        return self._buffer.has(t_obs_ns)
-
     def reset(self) -> None:
         """Forget chunks and the last command: the clock jumped back, or a new start."""
         self._buffer.clear()
         self._previous = None
         self._started = False
+
+    def stop(self) -> np.ndarray | None:
+        """Forget everything and return the safe command to leave behind, (A,) float32; None if none was sent yet."""
+        hold = None if self._previous is None else self._robot.hold.command(self._previous, None)
+        self.reset()
+        return hold
 
     def tick(self, t_tick_ns: int, observation: Observation) -> ControlStep:
         """Run one control step.
@@ -145,6 +150,8 @@ class CorrectionLoop:
             chunk_id=step.chunk.chunk_id if step.chunk else 0,
             t_obs_ns=step.chunk.t_obs_ns if step.chunk else 0,
             slot=step.slot,
+            horizon=step.chunk.horizon if step.chunk else 0,
+            chunk_delay_steps=self._first_slot[1] if step.chunk else -1,
             base_action=step.base_action,
             residual=step.residual,
             command=command,
@@ -166,6 +173,8 @@ class CorrectionLoop:
         if selected is None:
             return step.set(State.HOLDING, Reason.CHUNK_EXPIRED)
         step.chunk, step.slot = selected
+        if self._first_slot[0] is not step.chunk:
+            self._first_slot = selected
         step.base_action = step.action = step.chunk.actions[step.slot]
         if not self._config.correction__enabled:
             return step.set(State.BASE_ONLY, Reason.CORRECTION_DISABLED)

@@ -13,7 +13,7 @@ class Tick:
     t_tick_ns: int  # scheduled time [ns]
     lateness_ns: int  # how late it runs [ns]
     missed: int  # ticks skipped since the last one
-    jumped: bool  # the clock jumped since the last one
+    jump_ns: int  # how far the clock jumped since the last one, 0 if it did not; negative: backwards
 
 
 class TickGrid:
@@ -34,16 +34,16 @@ class TickGrid:
         """The tick that is due now, or None if its point of the grid was used already."""
         if self._origin_ns is None or self._last_ns is None:
             self._origin_ns = self._last_ns = now_ns
-            return Tick(now_ns, 0, 0, jumped=False)
+            return Tick(now_ns, 0, 0, jump_ns=0)
         since_last = now_ns - self._last_ns
         if since_last <= -self.period_ns or since_last > self._jump_ns:
             self._origin_ns = self._last_ns = now_ns
-            return Tick(now_ns, 0, 0, jumped=True)
+            return Tick(now_ns, 0, 0, jump_ns=since_last)
         steps = (since_last + self.period_ns // 2) // self.period_ns
         if steps <= 0:
             return None
         self._last_ns += steps * self.period_ns
-        return Tick(self._last_ns, now_ns - self._last_ns, steps - 1, jumped=False)
+        return Tick(self._last_ns, now_ns - self._last_ns, steps - 1, jump_ns=0)
 
 
 class Window:

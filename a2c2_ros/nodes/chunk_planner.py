@@ -1,0 +1,244 @@
+"""Node ``chunk_planner``: action chunks from a slow policy, computed beside the callbacks, published when they are due."""
+
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+
+import numpy as np
+from std_msgs.msg import String
+
+from a2c2_ros.core.chunk import ActionChunk
+from a2c2_ros.core.config import PlannerConfig
+from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.core.observation import Observation
+from a2c2_ros.core.planner import ChunkRequest, PlannerSchedule
+from a2c2_ros.core.safety import stale_stream
+from a2c2_ros.drivers.profile import load_profile
+from a2c2_ros.msg import ActionChunk as ActionChunkMsg
+from a2c2_ros.msg import PlannerStatus
+from a2c2_ros.nodes.conversions import chunk_to_message, to_time
+from a2c2_ros.nodes.observation_source import ObservationSource
+from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, NodeParameters, latched_qos, reliable_qos, run
+from a2c2_ros.paths import model_path
+from a2c2_ros.policies.registry import load_policy
+
+FUTURE_TOLERANCE_NS = 50_000_000
+
+
+class ChunkPlanner(ManagedNode):
+    """Runs a policy on one worker thread, one inference at a time; the callbacks never wait for it.
+
+    The worker gets immutable inputs and hands its result back through a guard condition, so that everything else
+    happens on the executor's one thread.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("chunk_planner")
+        self._log = EdgeLog(self)
+        self._policy = None
+        self._schedule: PlannerSchedule | None = None
+        self._parameters = NodeParameters(self, PlannerConfig(), lambda candidate: None, self._apply)
+        self._worker: ThreadPoolExecutor | None = None
+        self._source: ObservationSource | None = None
+        self._running: tuple[ChunkRequest, Future] | None = None
+        self._due_timer = None
+        self._instruction = ""
+        self._to_answer_ns: int | None = None
+        self._answered_ns = 0
+        self._published_ns = 0
+        self._chunk_ids = count(1)
+        if self._parameters.value.autostart:
+            self.autostart()
+
+    def configure(self) -> None:
+        config = self._parameters.value
+        self._profile = load_profile(config.robot)
+        self._policy = load_policy(config.policy, str(model_path(config.policy_path)))
+        robot, policy = self._profile.robot, self._policy
+        shapes = self._profile.camera_shapes()
+        for name, mine, theirs in (
+            ("horizon", config.horizon, policy.horizon),
+            ("action_names", robot.action_names, tuple(policy.action_names)),
+            ("state size", len(robot.state_names), policy.state_dim),
+            *((f"camera {c}", shapes.get(c), (policy.image_size, policy.image_size, 3)) for c in policy.cameras),
+        ):
+            if mine != theirs:
+                raise ConfigError(f"policy {policy.policy_id} does not fit: {name} is {mine!r}, the policy needs {theirs!r}")
+        self._schedule = PlannerSchedule(config)
+        self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", latched_qos(2))
+        self._status_publisher = self.create_publisher(PlannerStatus, "planner_status", reliable_qos(10))
+        self._result_ready = self.create_guard_condition(self._pump)
+        self._warm_up()
+        self.get_logger().info(
+            f"configured: policy {policy.policy_id}, H={policy.horizon}, e={config.execution_horizon}, "
+            f"d={config.inference_delay}, {'lockstep' if config.lockstep else 'real time'}"
+        )
+
+    def activate(self) -> None:
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
+        self._instruction_subscription = self.create_subscription(
+            String, "instruction", self._on_instruction, latched_qos(1)
+        )
+        self._source = ObservationSource(self, self._profile, self._parameters.value.lockstep, self._log,
+                                         self._on_sample)
+
+    def deactivate(self) -> None:
+        if self._worker is None:
+            return
+        self._source.close()
+        self.destroy_subscription(self._instruction_subscription)
+        self._cancel_due_timer()
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._worker = None
+        self._running = None
+        self._schedule.reset()
+
+    def cleanup(self) -> None:
+        self._policy = self._schedule = None
+
+    def close(self) -> None:
+        """Stop working; the node is about to be destroyed."""
+        self.deactivate()
+
+    def _warm_up(self) -> None:
+        """The first inference is slower than the others; it must not count."""
+        policy = self._policy
+        zeros = {c: np.zeros((policy.image_size, policy.image_size, 3), np.uint8) for c in policy.cameras}
+        policy.predict(zeros | {"state": np.zeros(policy.state_dim, np.float32)}, "warm up", seed=0)
+
+    def _apply(self, config: PlannerConfig) -> None:
+        if self._schedule is not None:
+            self._schedule.configure(config)
+
+    def _on_instruction(self, message: String) -> None:
+        if message.data != self._instruction:
+            self._instruction = message.data
+            self._schedule.invalidate()
+            self.get_logger().info(f"instruction: {message.data!r}")
+        self._publish_status()
+
+    def _on_sample(self) -> None:
+        observation = self._source.snapshot()
+        streams = self._profile.robot.streams
+        if len(observation.stamps_ns) != len(streams):
+            return
+        # Slot 0 starts with the oldest of the inputs: no part of the chunk may be newer than it claims.
+        stamp_ns = min(observation.stamps_ns.values())
+        if self._parameters.value.lockstep:
+            if not observation.synchronous_at(stamp_ns, streams):
+                return
+            if stamp_ns == self._answered_ns:
+                self._publish_status()  # a simulator that asks again did not get the answer
+                return
+        else:
+            limits = {name: spec.max_age_ns for name, spec in streams.items()}
+            now_ns = self.get_clock().now().nanoseconds
+            if stale_stream(observation.ages_ns(now_ns), limits, FUTURE_TOLERANCE_NS) is not None:
+                return
+        if stamp_ns < self._answered_ns:
+            self.get_logger().warning("the clock jumped back: starting afresh")
+            self._schedule.reset()
+            self._published_ns = 0
+        self._to_answer_ns = stamp_ns
+        self._pump()
+
+    def _pump(self) -> None:
+        """Publish what is due, start what is wanted, answer the newest observation; called on every event."""
+        stamp_ns, lockstep = self._to_answer_ns, self._parameters.value.lockstep
+        if stamp_ns is None or self._worker is None:
+            return
+        if self._waits_for_chunk(stamp_ns, lockstep):
+            return
+        if self._instruction:
+            request = self._schedule.next_request(stamp_ns)
+            if request is not None:
+                self._start(request, self._source.snapshot())
+                if self._waits_for_chunk(stamp_ns, lockstep) and lockstep:
+                    return
+        self._answered_ns = stamp_ns
+        if lockstep:
+            self._to_answer_ns = None
+            self._publish_status()
+
+    def _waits_for_chunk(self, stamp_ns: int, lockstep: bool) -> bool:
+        """Publish the chunk in flight if it is done and due; True if it is due but not done."""
+        request = self._schedule.in_flight
+        if request is None or self._running is None or self._running[0] is not request:
+            return False
+        now_ns = stamp_ns if lockstep else self.get_clock().now().nanoseconds
+        future = self._running[1]
+        if now_ns < request.t_due_ns:
+            if future.done() and not lockstep:
+                self._wake_in(request.t_due_ns - now_ns)
+            return False
+        if not future.done():
+            return True
+        self._running = None
+        self._schedule.published()
+        error = future.exception()
+        if isinstance(error, A2C2Error):
+            self._log.problem("inference", f"inference failed: {error}")
+        elif error is not None:
+            raise error
+        else:
+            self._log.fine("inference")
+            chunk, instruction = future.result()
+            self._published_ns = chunk.t_obs_ns
+            self._chunk_publisher.publish(chunk_to_message(chunk, instruction))
+        return False
+
+    def _start(self, request: ChunkRequest, observation: Observation) -> None:
+        future = self._worker.submit(self._infer, request, observation, self._instruction)
+        self._running = (request, future)
+        future.add_done_callback(lambda _: self._result_ready.trigger())
+
+    def _infer(self, request: ChunkRequest, observation: Observation, instruction: str) -> tuple[ActionChunk, str]:
+        """Runs on the worker thread."""
+        robot = self._profile.robot
+        inputs = robot.images(observation.values) | {"state": robot.state_of(observation.values)}
+        started_ns = time.perf_counter_ns()
+        output = self._policy.predict(inputs, instruction, seed=request.seed)
+        chunk = ActionChunk(
+            chunk_id=next(self._chunk_ids),
+            t_obs_ns=request.t_obs_ns,
+            step_ns=self._parameters.value.step_ns,
+            actions=output.actions,
+            action_names=robot.action_names,
+            latent=output.latent,
+            language=output.language,
+            policy_id=self._policy.policy_id,
+            inference_ns=time.perf_counter_ns() - started_ns,
+        )
+        return chunk, instruction
+
+    def _wake_in(self, duration_ns: int) -> None:
+        if self._due_timer is None:
+            self._due_timer = self.create_timer(duration_ns / 1e9, self._on_due)
+
+    def _on_due(self) -> None:
+        self._cancel_due_timer()
+        self._pump()
+
+    def _cancel_due_timer(self) -> None:
+        if self._due_timer is not None:
+            self.destroy_timer(self._due_timer)
+            self._due_timer = None
+
+    def _publish_status(self) -> None:
+        status = PlannerStatus(
+            chunk_stamp=to_time(self._published_ns),
+            instruction=self._instruction,
+            inference_running=self._running is not None,
+        )
+        status.header.stamp = to_time(self._answered_ns)
+        self._status_publisher.publish(status)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the executable."""
+    sys.exit(run(ChunkPlanner, args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Between ROS messages and the types of ``core``. Pure functions; wrong input raises and changes nothing."""
+
+import numpy as np
+from builtin_interfaces.msg import Duration, Time
+from geometry_msgs.msg import PoseStamped
+from sensor_msgs.msg import Image, JointState
+
+from a2c2_ros.core.chunk import ActionChunk
+from a2c2_ros.core.controller import ControlStep
+from a2c2_ros.core.errors import ChunkError, ObservationError
+from a2c2_ros.msg import ActionChunk as ActionChunkMsg
+from a2c2_ros.msg import ControlStep as ControlStepMsg
+
+
+def to_ns(stamp: Time | Duration) -> int:
+    """Time or duration in nanoseconds."""
+    return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
+def to_time(ns: int) -> Time:
+    """Nanoseconds to a time message."""
+    return Time(sec=ns // 1_000_000_000, nanosec=ns % 1_000_000_000)
+
+
+def to_duration(ns: int) -> Duration:
+    """Nanoseconds to a duration message."""
+    return Duration(sec=ns // 1_000_000_000, nanosec=ns % 1_000_000_000)
+
+
+def image_to_array(message: Image, height: int, width: int) -> np.ndarray:
+    """Image message to (height, width, 3) uint8 RGB; a view of the message's data where that is possible.
+
+    Raises:
+        ObservationError: If the encoding is neither rgb8 nor bgr8, or the size is not the declared one.
+    """
+    if message.encoding not in ("rgb8", "bgr8"):
+        raise ObservationError(f"image encoding is {message.encoding!r}, allowed are 'rgb8' and 'bgr8'")
+    if (message.height, message.width) != (height, width):
+        raise ObservationError(f"image is {message.height} x {message.width} pixels, allowed is {height} x {width}")
+    if message.step < 3 * width or len(message.data) != message.step * height:
+        raise ObservationError(
+            f"image has {len(message.data)} bytes and row step {message.step}, allowed are {height} rows of at least "
+            f"{3 * width}"
+        )
+    rows = np.frombuffer(message.data, np.uint8).reshape(height, message.step)
+    image = rows[:, : 3 * width].reshape(height, width, 3)
+    return image if message.encoding == "rgb8" else image[:, :, ::-1]
+
+
+def array_to_image(array: np.ndarray, stamp_ns: int, frame_id: str) -> Image:
+    """(height, width, 3) uint8 RGB to an rgb8 image message."""
+    message = Image(height=array.shape[0], width=array.shape[1], encoding="rgb8", step=3 * array.shape[1])
+    message.header.stamp = to_time(stamp_ns)
+    message.header.frame_id = frame_id
+    message.data.frombytes(np.ascontiguousarray(array).tobytes())
+    return message
+
+
+def joint_state_to_array(message: JointState, names: tuple[str, ...]) -> np.ndarray:
+    """Positions in the order of ``names``, (len(names),) float64 [rad or m]; the message may have another order.
+
+    Raises:
+        ObservationError: If a joint is missing or names and positions differ in number.
+    """
+    if len(message.name) != len(message.position):
+        raise ObservationError(f"joint state has {len(message.name)} names and {len(message.position)} positions")
+    positions = dict(zip(message.name, message.position, strict=True))
+    missing = [name for name in names if name not in positions]
+    if missing:
+        raise ObservationError(f"joint state lacks the joints {missing}, it has {list(message.name)}")
+    return np.array([positions[name] for name in names], dtype=np.float64)
+
+
+def array_to_joint_state(values: np.ndarray, names: tuple[str, ...], stamp_ns: int) -> JointState:
+    """Positions of the named joints or action channels, as a joint state."""
+    message = JointState(name=list(names), position=[float(v) for v in values])
+    message.header.stamp = to_time(stamp_ns)
+    return message
+
+
+def pose_to_array(message: PoseStamped) -> np.ndarray:
+    """(7,) float64: position x y z [m], orientation x y z w."""
+    p, q = message.pose.position, message.pose.orientation
+    return np.array([p.x, p.y, p.z, q.x, q.y, q.z, q.w], dtype=np.float64)
+
+
+def array_to_pose(values: np.ndarray, stamp_ns: int, frame_id: str) -> PoseStamped:
+    """(7,) position and orientation x y z w to a pose."""
+    message = PoseStamped()
+    message.header.stamp = to_time(stamp_ns)
+    message.header.frame_id = frame_id
+    p, q = message.pose.position, message.pose.orientation
+    p.x, p.y, p.z, q.x, q.y, q.z, q.w = (float(v) for v in values)
+    return message
+
+
+def chunk_to_message(chunk: ActionChunk, instruction: str) -> ActionChunkMsg:
+    """Chunk to its message."""
+    message = ActionChunkMsg(
+        chunk_id=chunk.chunk_id,
+        step=to_duration(chunk.step_ns),
+        horizon=chunk.horizon,
+        action_names=list(chunk.action_names),
+        policy_id=chunk.policy_id,
+        instruction=instruction,
+        inference_time=to_duration(chunk.inference_ns),
+    )
+    message.header.stamp = to_time(chunk.t_obs_ns)
+    for name in ("actions", "latent", "language"):
+        getattr(message, name).frombytes(getattr(chunk, name).tobytes())
+    return message
+
+
+def message_to_chunk(message: ActionChunkMsg) -> ActionChunk:
+    """Message to a chunk.
+
+    Raises:
+        ChunkError: If the number of actions does not fit the horizon and names, or a value is wrong.
+    """
+    horizon, names = message.horizon, tuple(message.action_names)
+    actions = np.frombuffer(message.actions, np.float32)
+    if actions.size != horizon * len(names):
+        raise ChunkError(f"chunk {message.chunk_id}: {actions.size} values, allowed are horizon {horizon} x "
+                         f"{len(names)} names = {horizon * len(names)}")
+    return ActionChunk(
+        chunk_id=message.chunk_id,
+        t_obs_ns=to_ns(message.header.stamp),
+        step_ns=to_ns(message.step),
+        actions=actions.reshape(horizon, len(names)),
+        action_names=names,
+        latent=np.frombuffer(message.latent, np.float32),
+        language=np.frombuffer(message.language, np.float32),
+        policy_id=message.policy_id,
+        inference_ns=to_ns(message.inference_time),
+    )
+
+
+def step_to_message(step: ControlStep, streams: tuple[str, ...], period_error_ns: int, missed: int) -> ControlStepMsg:
+    """Control step to its message; ``streams`` is the order of the ages."""
+    ages = [step.ages_ns[name] / 1e9 if name in step.ages_ns else float("inf") for name in streams]
+    message = ControlStepMsg(
+        tick=step.tick,
+        chunk_id=step.chunk_id,
+        chunk_stamp=to_time(step.t_obs_ns),
+        slot=step.slot,
+        horizon=step.horizon,
+        stream_names=list(streams),
+        stream_ages_s=ages,
+        head_time_s=step.head_ns / 1e9,
+        period_error_s=period_error_ns / 1e9,
+        missed_ticks=missed,
+        chunk_delay_steps=float(step.chunk_delay_steps),
+        state=int(step.state),
+        reason=int(step.reason),
+        detail=step.detail,
+        limit_flags=int(step.limits),
+    )
+    message.header.stamp = to_time(step.t_tick_ns)
+    message.base_action.frombytes(step.base_action.tobytes())
+    message.residual.frombytes(step.residual.tobytes())
+    if step.command is not None:
+        message.command.frombytes(step.command.tobytes())
+    return message

@@ -1,0 +1,199 @@
+"""What every node does alike: start, parameters, life cycle, clean end."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+
+import rclpy
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+
+from a2c2_ros.core.config import Config
+from a2c2_ros.core.errors import A2C2Error, ConfigError
+
+
+def sensor_qos(lockstep: bool) -> QoSProfile:
+    """Newest sample only; best effort, but reliable in lockstep, where a lost image would stop the simulation."""
+    return QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE if lockstep else ReliabilityPolicy.BEST_EFFORT)
+
+
+def latched_qos(depth: int) -> QoSProfile:
+    """Reliable, and late subscribers get the last messages."""
+    return QoSProfile(
+        depth=depth, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
+    )
+
+
+def reliable_qos(depth: int) -> QoSProfile:
+    """Reliable, no history for late subscribers."""
+    return QoSProfile(depth=depth, reliability=ReliabilityPolicy.RELIABLE)
+
+
+class NodeParameters:
+    """ROS parameters of a node from a parameter set of ``core.config``: declared, validated together, then applied.
+
+    Args:
+        node: The node.
+        defaults: The parameter set with its defaults.
+        validate: Called with a candidate before it is accepted; raises :class:`A2C2Error` to refuse it.
+        apply: Called with the new set after it was accepted.
+
+    Raises:
+        ConfigError: If a value given at start has the wrong type or violates a rule.
+    """
+
+    def __init__(
+        self, node: Node, defaults: Config, validate: Callable[[Config], None], apply: Callable[[Config], None]
+    ) -> None:
+        self._validate = validate
+        self._apply = apply
+        values = {}
+        for item in fields(defaults):
+            name = defaults.ros_name(item.name)
+            try:
+                values[name] = node.declare_parameter(name, item.default, _descriptor(item)).value
+            except (InvalidParameterTypeException, InvalidParameterValueException) as error:
+                raise ConfigError(f"parameter {name} of {node.get_name()}: {error}") from error
+        self.value = defaults.replaced(values, running=False)
+        node.add_on_set_parameters_callback(self._on_set)
+        node.add_post_set_parameters_callback(self._post_set)
+
+    def _on_set(self, parameters: Sequence[Parameter]) -> SetParametersResult:
+        try:
+            candidate = self.value.replaced({p.name: p.value for p in parameters})
+            if candidate != self.value:
+                self._validate(candidate)
+        except A2C2Error as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    def _post_set(self, parameters: Sequence[Parameter]) -> None:
+        candidate = self.value.replaced({p.name: p.value for p in parameters})
+        if candidate != self.value:
+            self.value = candidate
+            self._apply(candidate)
+
+
+def _descriptor(item) -> ParameterDescriptor:
+    low, high = item.metadata["low"], item.metadata["high"]
+    descriptor = ParameterDescriptor(description=item.metadata["description"], read_only=not item.metadata["dynamic"])
+    assert item.default is not MISSING
+    if low is not None and high is not None:
+        if isinstance(item.default, float):
+            descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
+        else:
+            descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
+    return descriptor
+
+
+class EdgeLog:
+    """Logs a condition once when it begins and once when it ends, however often it is reported; counts every report."""
+
+    def __init__(self, node: Node) -> None:
+        self._logger = node.get_logger()
+        self._active: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+
+    def problem(self, key: str, text: str) -> None:
+        """The condition ``key`` holds; ``text`` says what is wrong."""
+        self.counts[key] = self.counts.get(key, 0) + 1
+        if key not in self._active:
+            self._logger.error(text)
+        self._active[key] = text
+
+    def fine(self, key: str) -> None:
+        """The condition ``key`` does not hold."""
+        if self._active.pop(key, None) is not None:
+            self._logger.info(f"{key}: fine again after {self.counts[key]} problems")
+
+
+class ManagedNode(LifecycleNode):
+    """Life cycle of our nodes: errors of configuration refuse the transition and are logged, nothing is half done.
+
+    Subclasses implement :meth:`configure`, :meth:`activate`, :meth:`deactivate` and :meth:`cleanup`.
+    """
+
+    def configure(self) -> None:
+        """Load and check everything.
+
+        Raises:
+            A2C2Error: To refuse the transition.
+        """
+
+    def activate(self) -> None:
+        """Start working."""
+
+    def deactivate(self) -> None:
+        """Stop working, leaving the robot in a safe command."""
+
+    def cleanup(self) -> None:
+        """Undo :meth:`configure`."""
+
+    def on_configure(self, state) -> TransitionCallbackReturn:
+        try:
+            self.configure()
+        except A2C2Error as error:
+            self.get_logger().error(f"not configured: {error}")
+            self.cleanup()
+            return TransitionCallbackReturn.FAILURE
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_activate(self, state) -> TransitionCallbackReturn:
+        self.activate()
+        return super().on_activate(state)
+
+    def on_deactivate(self, state) -> TransitionCallbackReturn:
+        self.deactivate()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state) -> TransitionCallbackReturn:
+        self.cleanup()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_shutdown(self, state) -> TransitionCallbackReturn:
+        self.deactivate()
+        self.cleanup()
+        return TransitionCallbackReturn.SUCCESS
+
+    def autostart(self) -> None:
+        """Configure and activate now.
+
+        Raises:
+            ConfigError: If a transition was refused; the reason was logged.
+        """
+        for transition in (self.trigger_configure, self.trigger_activate):
+            if transition() != TransitionCallbackReturn.SUCCESS:
+                raise ConfigError(f"{self.get_name()} did not start, see the error above")
+
+
+def run(make_node: Callable[[], Node], args: Sequence[str] | None = None) -> int:
+    """Run a node until Ctrl-C, SIGTERM, the end of the context or ``SystemExit`` from the node.
+
+    Returns:
+        Exit code: 0 after a clean end, 1 if the node could not start.
+    """
+    rclpy.init(args=args)
+    node = None
+    try:
+        node = make_node()
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        executor.spin()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    except A2C2Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        if node is not None:
+            node.close()
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return 0

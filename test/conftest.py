@@ -1,0 +1,57 @@
+"""Shared pieces of the tests."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from a2c2_ros.core.chunk import ActionChunk
+from a2c2_ros.core.limits import Limits
+from a2c2_ros.core.observation import Observation, StreamSpec
+from a2c2_ros.core.robot import Robot
+from a2c2_ros.core.safety import HoldPolicy
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+STEP_NS = 50_000_000
+NAMES = ("x", "y", "gripper")
+
+
+def make_chunk(t_obs_ns: int, *, horizon: int = 8, chunk_id: int = 1, step_ns: int = STEP_NS, **changes) -> ActionChunk:
+    """A chunk whose actions tell the chunk and the slot: action[k] = (chunk_id, k, 0) / 1000."""
+    actions = np.zeros((horizon, len(NAMES)), np.float32)
+    actions[:, 0] = chunk_id / 1000
+    actions[:, 1] = np.arange(horizon) / 1000
+    fields = dict(chunk_id=chunk_id, t_obs_ns=t_obs_ns, step_ns=step_ns, actions=actions, action_names=NAMES,
+                  latent=np.zeros(4), language=np.zeros(2), policy_id="test") | changes
+    return ActionChunk(**fields)
+
+
+def make_robot(*, step=None, hold=None, max_age_ns: int = 100_000_000) -> Robot:
+    """A robot with one camera and a 2-D state."""
+    return Robot(
+        name="test",
+        action_names=NAMES,
+        action_space="test",
+        streams={"camera": StreamSpec((4, 4, 3), "uint8", max_age_ns), "joints": StreamSpec((2,), "float64", max_age_ns)},
+        cameras=("camera",),
+        state_names=("a", "b"),
+        state_of=lambda values: values["joints"].astype(np.float32),
+        measured_of=lambda values: None,
+        limits=Limits.of(NAMES, [-1, -1, -1], [1, 1, 1], step),
+        hold=hold or HoldPolicy("delta", 3, keep=(2,), keep_default=(-1.0,)),
+    )
+
+
+def make_observation(stamp_ns: int) -> Observation:
+    """An observation of :func:`make_robot`, every stream with the same stamp."""
+    return Observation(
+        values={"camera": np.zeros((4, 4, 3), np.uint8), "joints": np.zeros(2)},
+        stamps_ns={"camera": stamp_ns, "joints": stamp_ns},
+    )
+
+
+@pytest.fixture
+def robot() -> Robot:
+    return make_robot()
