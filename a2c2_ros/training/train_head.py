@@ -1,6 +1,7 @@
 """Train the compact head on cached base chunks.
 
-``python -m a2c2_ros.training.train_head --data DIR --policy DIR --out DIR``. Paper equation 8 and 9: (o_{t+k}, Â_t[k], τ_k, z_t, l) -> a_{t+k} - Â_t[k], k uniform, mean squared error.
+``python -m a2c2_ros.training.train_head --data DIR --policy DIR --out DIR``. Paper equation 8 and 9:
+(o_{t+k}, Â_t[k], τ_k, z_t, l) -> a_{t+k} - Â_t[k], k uniform, mean squared error.
 """
 
 import argparse
