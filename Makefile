@@ -1,0 +1,28 @@
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+UV_COMPILE = .venv/bin/uv pip compile -q --python .venv/bin/python --no-annotate --custom-compile-command "make lock"
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: ## Make .venv and build the package (GPU=1: ONNX Runtime with CUDA)
+	@tools/setup.sh
+
+sim: setup ## Run LIBERO with planner and controller: make sim ARGS="task:=0 episodes:=2" (ARGS=--show-args lists them)
+	@. tools/env.sh; exec python -m a2c2_ros.bringup libero_sim $(ARGS)
+
+test: setup lint ## Lint and run the tests: make test ARGS="-k slot"
+	@. tools/env.sh; pytest -x $(ARGS)
+
+lint: setup ## Check the style
+	@. tools/env.sh; ruff check
+
+lock: ## Resolve requirements*.in into the lock files (UPGRADE=1: newest versions)
+	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) --excludes tools/excludes.txt requirements.in -o requirements.lock
+	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) -c requirements.lock requirements-gpu.in -o requirements-gpu.lock
+
+clean: ## Remove what was built; the virtual environment and runs/ stay
+	rm -rf build install log .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: help setup sim test lint lock clean

@@ -1,0 +1,18 @@
+# Source this file in bash: the environment of the nodes, tests and tools. What is set already is kept.
+_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+_install=$_root/install/a2c2_ros
+export VIRTUAL_ENV=$_root/.venv
+export PATH=$VIRTUAL_ENV/bin:$PATH
+
+if [ -z "${ROS_DISTRO:-}" ]; then # ROS 2 from the wheels in .venv
+  export AMENT_PREFIX_PATH=$VIRTUAL_ENV RMW_IMPLEMENTATION=rmw_fastrtps_cpp
+fi
+export AMENT_PREFIX_PATH=$_install:$AMENT_PREFIX_PATH
+export LD_LIBRARY_PATH=$_install/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export PYTHONPATH=$_install/lib/python3.12/site-packages${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1 # the folder a2c2_ros of the source tree has no a2c2_ros.msg and must not come first
+
+export ROS_AUTOMATIC_DISCOVERY_RANGE=${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST} # other machines only on purpose
+export MUJOCO_GL=${MUJOCO_GL:-osmesa}
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+unset _root _install

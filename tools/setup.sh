@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# Makes .venv from requirements.lock and builds the package with colcon into install/; skips what is done already.
+# GPU=1 installs ONNX Runtime with CUDA. With a ROS 2 sourced, that one is used; otherwise ROS 2 Kilted comes from wheels.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+prefix=$PWD/.venv
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+ros=wheels
+if [ -n "${ROS_DISTRO:-}" ] && command -v ros2 >/dev/null; then ros=$ROS_DISTRO; fi
+
+runs_312() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; }
+
+# Interpreter of Python 3.12; nothing if there is none. A python3.12 on PATH can be a shim of a version that is not selected.
+find_python() {
+  local candidate candidates=(python3.12)
+  if [ "$ros" != wheels ]; then
+    candidates=(python3)
+  elif command -v pyenv >/dev/null; then
+    candidates+=("$(pyenv root)"/versions/3.12*/bin/python)
+  fi
+  for candidate in "${candidates[@]}"; do
+    if runs_312 "$candidate"; then command -v "$candidate"; return; fi
+  done
+}
+
+system_packages() {
+  local wanted=()
+  ldconfig -p | grep -q 'libOSMesa\.so\.8' || wanted+=(libosmesa6)
+  ldconfig -p | grep -q 'libGL\.so\.1' || wanted+=(libgl1)
+  ldconfig -p | grep -q 'libEGL\.so\.1' || wanted+=(libegl1)
+  ldconfig -p | grep -q 'libgthread-2\.0\.so\.0' || wanted+=(libglib2.0-0)
+  command -v c++ >/dev/null || wanted+=(g++)
+  command -v make >/dev/null || wanted+=(make)
+  [ ${#wanted[@]} -gt 0 ] || return 0
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "apt-get install ${wanted[*]}"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null
+  else
+    fail "system packages are missing; run: sudo apt-get install ${wanted[*]}"
+  fi
+}
+
+# The pinned packages, one per line: without ROS where a ROS 2 is sourced, with the CUDA provider for GPU=1.
+requirements() {
+  local lines
+  lines=$(grep -v '^#' requirements.lock)
+  [ "$ros" = wheels ] || lines=$(grep -vE '^(ros-|colcon-)' <<<"$lines")
+  if [ "${GPU:-0}" = 1 ]; then lines=$(grep -v '^onnxruntime==' <<<"$lines"; grep -v '^#' requirements-gpu.lock); fi
+  sort -u <<<"$lines"
+}
+
+make_venv() {
+  local python uv options=()
+  uv=$(grep '^uv==' requirements.lock)
+  [ "$ros" = wheels ] || options=(--system-site-packages)
+  python=$(find_python)
+  if [ -n "$python" ]; then
+    say "virtual environment of $python"
+    "$python" -m venv "${options[@]}" .venv
+    .venv/bin/python -m pip install -q --disable-pip-version-check "$uv"
+  elif [ "$ros" = wheels ]; then
+    say "no Python 3.12 was found, uv downloads one"
+    python3 -m venv build/uv
+    build/uv/bin/python -m pip install -q "$uv"
+    build/uv/bin/uv venv -q --python 3.12 .venv
+    build/uv/bin/uv pip install -q --python .venv/bin/python "$uv"
+  else
+    fail "the Python of ROS 2 $ros is $(python3 --version), allowed is 3.12 (Jazzy, Kilted)"
+  fi
+}
+
+install_packages() {
+  local rivals=(opencv-python-headless onnxruntime-gpu) owners=(opencv-python onnxruntime) index
+  if [ "${GPU:-0}" = 1 ]; then rivals[1]=onnxruntime owners[1]=onnxruntime-gpu; fi
+  for index in 0 1; do
+    # Both own the same files: what one of them leaves behind does not work, so both go.
+    if .venv/bin/uv pip show -q --python .venv/bin/python "${rivals[index]}" 2>/dev/null; then
+      .venv/bin/uv pip uninstall -q --python .venv/bin/python "${rivals[index]}" "${owners[index]}"
+    fi
+  done
+  say "packages of requirements.lock"
+  requirements >.venv/requirements.txt
+  # The lock is complete; "sync" would remove the metadata that the ROS wheels carry under second names.
+  .venv/bin/uv pip install -q --no-deps --python .venv/bin/python -r .venv/requirements.txt
+  .venv/bin/python -c 'import cv2; cv2.imencode'
+}
+
+# The wheels' exported CMake files name the paths of the machine that built them.
+repair_cmake_paths() {
+  local include site
+  include=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  { grep -rlZ --include='*.cmake' '/opt/python/cp312-cp312' .venv/share || true; } | xargs -0 -r sed -i \
+    -e "s|/opt/python/cp312-cp312/include/python3.12|$include|g" \
+    -e "s|/opt/python/cp312-cp312/lib/python3.12/site-packages|$site|g"
+}
+
+build_package() {
+  say "colcon build"
+  mkdir -p build
+  if [ "$ros" = wheels ]; then export AMENT_PREFIX_PATH=$prefix CMAKE_PREFIX_PATH=$prefix; fi
+  if ! VIRTUAL_ENV=$prefix PATH=$prefix/bin:$PATH colcon build --symlink-install --packages-select a2c2_ros \
+      --event-handlers console_cohesion- --cmake-args -DBUILD_TESTING=OFF "-DPython3_EXECUTABLE=$prefix/bin/python3" \
+      --no-warn-unused-cli >build/colcon.log 2>&1; then
+    cat build/colcon.log >&2
+    fail "colcon build failed"
+  fi
+  find install -xtype l -delete  # links to source files that are gone
+}
+
+digest() { sha256sum | cut -d' ' -f1; }
+
+# Runs the commands in $3.. unless the stamp file $1 holds $2 already.
+unless_done() {
+  local stamp=$1 state=$2 step
+  shift 2
+  [ "$(cat "$stamp" 2>/dev/null || true)" != "$state" ] || return 0
+  for step in "$@"; do "$step"; done
+  echo "$state" >"$stamp"
+}
+
+system_packages
+[ -x .venv/bin/uv ] || make_venv
+unless_done .venv/.packages "$ros $(requirements | digest)" install_packages repair_cmake_paths
+# The installation links to the source tree: edits need no build, files that come or go do.
+sources=$({ cat CMakeLists.txt package.xml scripts/node.in msg/*.msg srv/*.srv; find a2c2_ros config launch models -type f \
+  ! -name '*.pyc' | sort; cat .venv/.packages; echo "$PWD"; } | digest)
+unless_done install/.sources "$sources" build_package
+say "ready ($ros)"
