@@ -23,8 +23,19 @@ def make_chunk(t_obs_ns: int, *, horizon: int = 8, chunk_id: int = 1, step_ns: i
     actions = np.zeros((horizon, len(NAMES)), np.float32)
     actions[:, 0] = chunk_id / 1000
     actions[:, 1] = np.arange(horizon) / 1000
-    fields = dict(chunk_id=chunk_id, t_obs_ns=t_obs_ns, step_ns=step_ns, actions=actions, action_names=NAMES,
-                  latent=np.zeros(4), language=np.zeros(2), policy_id="test") | changes
+    fields = (
+        dict(
+            chunk_id=chunk_id,
+            t_obs_ns=t_obs_ns,
+            step_ns=step_ns,
+            actions=actions,
+            action_names=NAMES,
+            latent=np.zeros(4),
+            language=np.zeros(2),
+            policy_id="test",
+        )
+        | changes
+    )
     return ActionChunk(**fields)
 
 
@@ -34,7 +45,10 @@ def make_robot(*, step=None, hold=None, max_age_ns: int = 100_000_000) -> Robot:
         name="test",
         action_names=NAMES,
         action_space="test",
-        streams={"camera": StreamSpec((4, 4, 3), "uint8", max_age_ns), "joints": StreamSpec((2,), "float64", max_age_ns)},
+        streams={
+            "camera": StreamSpec((4, 4, 3), "uint8", max_age_ns),
+            "joints": StreamSpec((2,), "float64", max_age_ns),
+        },
         cameras=("camera",),
         state_names=("a", "b"),
         state_of=lambda values: values["joints"].astype(np.float32),

@@ -29,8 +29,9 @@ def test_core_imports_nothing_heavy():
         "print(*{m for m in sys.modules if m.startswith('a2c2_ros.') and not m.startswith('a2c2_ros.core')})"
     )
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(np.__file__).parents[1])])
-    run = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True,
-                         env={"PYTHONPATH": path})
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": path}
+    )
     packages, siblings = run.stdout.split("\n")[:2]
     assert set(packages.split()) <= {"numpy", "a2c2_ros"}
     assert siblings == ""
@@ -155,18 +156,34 @@ def test_state_vector_layout_and_refusals():
 
 
 def make_manifest(**changes) -> HeadManifest:
-    fields = dict(architecture="compact", policy_id="test", horizon=8, step_ns=50_000_000, action_names=NAMES,
-                  action_space="test", cameras={"camera": (4, 4, 3)}, state_names=("a", "b"), latent_size=4,
-                  language_size=2) | changes
+    fields = (
+        dict(
+            architecture="compact",
+            policy_id="test",
+            horizon=8,
+            step_ns=50_000_000,
+            action_names=NAMES,
+            action_space="test",
+            cameras={"camera": (4, 4, 3)},
+            state_names=("a", "b"),
+            latent_size=4,
+            language_size=2,
+        )
+        | changes
+    )
     return HeadManifest(**fields)
 
 
 def test_manifest_round_trip_and_refusals():
     manifest = make_manifest()
     assert HeadManifest.from_json(manifest.to_json(), "x.onnx") == manifest
-    for text, message in (("{", "not JSON"), ("[]", "list"), ("{}", "missing"),
-                          (make_manifest(output="absolute").to_json(), "'absolute'"),
-                          (make_manifest(time_feature="k_over_H").to_json(), "time_feature")):
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "list"),
+        ("{}", "missing"),
+        (make_manifest(output="absolute").to_json(), "'absolute'"),
+        (make_manifest(time_feature="k_over_H").to_json(), "time_feature"),
+    ):
         with pytest.raises(ManifestError, match=message):
             HeadManifest.from_json(text, "x.onnx")
 
@@ -176,7 +193,9 @@ def test_manifest_names_every_mismatch():
     with pytest.raises(ManifestError, match=r"horizon: head 50, chunk 8.*latent_size: head 9, chunk 4"):
         make_manifest(horizon=50, latent_size=9).check_chunk(make_chunk(0))
     with pytest.raises(ManifestError, match="camera wrist.*absent"):
-        make_manifest(cameras={"wrist": (4, 4, 3)}).check_robot({"camera": (4, 4, 3)}, ("a", "b"), NAMES, "test", 50_000_000)
+        make_manifest(cameras={"wrist": (4, 4, 3)}).check_robot(
+            {"camera": (4, 4, 3)}, ("a", "b"), NAMES, "test", 50_000_000
+        )
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ def timings(draw):
 
 def run_lockstep(horizon, execution, delay, steps, jitter=0, seed=0):
     """(t_obs, slot) of every step, by the planner's schedule and the control loop."""
-    config = PlannerConfig(horizon=horizon, execution_horizon=execution, inference_delay=delay,
-                           inference_delay_jitter=jitter, seed=seed)
+    config = PlannerConfig(
+        horizon=horizon, execution_horizon=execution, inference_delay=delay, inference_delay_jitter=jitter, seed=seed
+    )
     schedule, loop = PlannerSchedule(config), CorrectionLoop(ControllerConfig(correction__enabled=False), make_robot())
     executed, ready = [], None
     for n in range(steps):
@@ -47,7 +48,9 @@ def run_lockstep(horizon, execution, delay, steps, jitter=0, seed=0):
             publish_due(t, ready)
         step = loop.tick(t, make_observation(t))
         executed.append(((step.t_obs_ns - T0) // STEP_NS, step.slot))
-        assert step.command[0] == pytest.approx(step.chunk_id / 1000) and step.command[1] == pytest.approx(step.slot / 1000)
+        assert step.command[0] == pytest.approx(step.chunk_id / 1000) and step.command[1] == pytest.approx(
+            step.slot / 1000
+        )
     return executed
 
 
@@ -191,7 +194,9 @@ class FixedHead:
 
 
 def corrected(residual, **config):
-    loop = CorrectionLoop(ControllerConfig(**config), make_robot(), FixedHead(residual), monotonic_ns=iter([5, 9]).__next__)
+    loop = CorrectionLoop(
+        ControllerConfig(**config), make_robot(), FixedHead(residual), monotonic_ns=iter([5, 9]).__next__
+    )
     loop.install(make_chunk(T0, latent=np.full(4, 7.0)), T0)
     return loop, loop.tick(T0 + 2 * STEP_NS, make_observation(T0 + 2 * STEP_NS))
 
@@ -210,7 +215,11 @@ def test_executed_action_is_base_plus_residual_and_z_and_k_come_from_the_owner_o
 
 @pytest.mark.parametrize(
     ("residual", "reason"),
-    [([np.nan, 0, 0], Reason.HEAD_NOT_FINITE), ([5, 0, 0], Reason.RESIDUAL_TOO_LARGE), ([0, 0], Reason.HEAD_NOT_FINITE)],
+    [
+        ([np.nan, 0, 0], Reason.HEAD_NOT_FINITE),
+        ([5, 0, 0], Reason.RESIDUAL_TOO_LARGE),
+        ([0, 0], Reason.HEAD_NOT_FINITE),
+    ],
 )
 def test_a_bad_residual_leaves_the_base_action(residual, reason):
     _, step = corrected(residual)
@@ -263,7 +272,9 @@ def test_a_head_for_other_chunks_holds_and_says_why():
 
 
 @settings(max_examples=100)
-@given(st.lists(st.tuples(st.floats(-3, 3, width=32), st.floats(-3, 3, width=32), st.booleans()), min_size=2, max_size=30))
+@given(
+    st.lists(st.tuples(st.floats(-3, 3, width=32), st.floats(-3, 3, width=32), st.booleans()), min_size=2, max_size=30)
+)
 def test_commands_of_the_loop_never_exceed_the_limits(residuals):
     head = FixedHead([0, 0, 0])
     loop = CorrectionLoop(ControllerConfig(), make_robot(step=[0.25, 0.25, 2.0]), head)

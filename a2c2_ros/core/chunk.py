@@ -35,10 +35,14 @@ class ActionChunk:
             array.setflags(write=False)
             object.__setattr__(self, name, array)
             if array.ndim != dimensions:
-                raise ChunkError(f"chunk {self.chunk_id}: {name} has shape {array.shape}, allowed are {dimensions} axes")
+                raise ChunkError(
+                    f"chunk {self.chunk_id}: {name} has shape {array.shape}, allowed are {dimensions} axes"
+                )
             if not np.isfinite(array).all():
-                raise ChunkError(f"chunk {self.chunk_id}: {name} has {np.count_nonzero(~np.isfinite(array))} values "
-                                 "that are not finite")
+                raise ChunkError(
+                    f"chunk {self.chunk_id}: {name} has {np.count_nonzero(~np.isfinite(array))} values "
+                    "that are not finite"
+                )
         if self.chunk_id <= 0:
             raise ChunkError(f"chunk_id is {self.chunk_id}, allowed is a positive number")
         if self.step_ns <= 0:

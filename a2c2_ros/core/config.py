@@ -15,7 +15,7 @@ Config = TypeVar("Config", bound="Parameters")
 def parameter(
     default: Any, description: str, *, low: float | None = None, high: float | None = None, dynamic: bool = True
 ) -> Any:
-    """Declare a parameter: default (its type is the parameter's type), description with unit, range, settable at run time."""
+    """Declare a parameter: default (its type is the parameter's), description with unit, range, settable at run time."""
     meta = {"description": description, "low": low, "high": high, "dynamic": dynamic}
     return field(default=default, metadata=meta)
 
@@ -58,8 +58,9 @@ class Parameters:
             if item is None:
                 continue
             if running and not item.metadata["dynamic"] and value != getattr(self, item.name):
-                raise ConfigError(f"parameter {name} cannot change while the node runs, it is "
-                                  f"{getattr(self, item.name)!r}")
+                raise ConfigError(
+                    f"parameter {name} cannot change while the node runs, it is {getattr(self, item.name)!r}"
+                )
             values[item.name] = value
         return dataclasses.replace(self, **values)
 
@@ -71,9 +72,10 @@ class Parameters:
         if type(value) is not expected:
             raise ConfigError(f"parameter {name} is {value!r} ({type(value).__name__}), allowed is {expected.__name__}")
         low, high = item.metadata["low"], item.metadata["high"]
-        if expected in (int, float):
-            if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-                raise ConfigError(f"parameter {name} is {value}, allowed is [{low}, {high}]")
+        if expected not in (int, float):
+            return
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            raise ConfigError(f"parameter {name} is {value}, allowed is [{low}, {high}]")
 
 
 @dataclass(frozen=True)
@@ -81,26 +83,34 @@ class PlannerConfig(Parameters):
     """Parameters of ``chunk_planner``."""
 
     policy: str = parameter("flow", "Kind of policy, see policies/registry.py", dynamic=False)
-    policy_path: str = parameter("flow_libero_spatial", "Checkpoint folder; a bare name is looked up in the package's "
-                                 "models", dynamic=False)
+    policy_path: str = parameter(
+        "flow_libero_spatial", "Checkpoint folder; a bare name is looked up in the package's models", dynamic=False
+    )
     robot: str = parameter("libero", "Robot profile: a name in config/robots or a path", dynamic=False)
     horizon: int = parameter(50, "Slots of a chunk, H [steps]; must be the policy's", low=1, high=1000, dynamic=False)
-    execution_horizon: int = parameter(40, "Steps executed before the next observation is sent, e [steps]", low=1,
-                                       high=1000)
-    inference_delay: int = parameter(10, "Injected delay between an observation and its chunk, d [steps]; 0 adds none",
-                                     low=0, high=1000)
-    inference_delay_jitter: int = parameter(0, "Injected delay varies by up to this many steps, seeded", low=0, high=1000)
+    execution_horizon: int = parameter(
+        40, "Steps executed before the next observation is sent, e [steps]", low=1, high=1000
+    )
+    inference_delay: int = parameter(
+        10, "Injected delay between an observation and its chunk, d [steps]; 0 adds none", low=0, high=1000
+    )
+    inference_delay_jitter: int = parameter(
+        0, "The injected delay varies by up to this many steps, seeded", low=0, high=1000
+    )
     seed: int = parameter(0, "Seed of the policy's noise and of the delay's jitter", low=0, high=2**31 - 1)
-    lockstep: bool = parameter(False, "Answer every observation with planner_status; for simulators that wait",
-                               dynamic=False)
+    lockstep: bool = parameter(
+        False, "Answer every observation with planner_status; for simulators that wait", dynamic=False
+    )
     control_rate_hz: float = parameter(20.0, "Control steps per second [Hz]", low=0.1, high=1000.0, dynamic=False)
     autostart: bool = parameter(True, "Configure and activate by itself at start", dynamic=False)
 
     def check(self) -> None:
         check_timing(self.horizon, self.execution_horizon, self.inference_delay)
         if self.inference_delay_jitter > self.inference_delay:
-            raise ConfigError(f"inference_delay_jitter is {self.inference_delay_jitter}, allowed is at most "
-                              f"inference_delay {self.inference_delay}")
+            raise ConfigError(
+                f"inference_delay_jitter is {self.inference_delay_jitter}, allowed is at most "
+                f"inference_delay {self.inference_delay}"
+            )
         check_timing(self.horizon, self.execution_horizon, self.inference_delay + self.inference_delay_jitter)
 
     @property
@@ -115,14 +125,21 @@ class ControllerConfig(Parameters):
 
     robot: str = parameter("libero", "Robot profile: a name in config/robots or a path", dynamic=False)
     control_rate_hz: float = parameter(20.0, "Control steps per second [Hz]", low=0.1, high=1000.0, dynamic=False)
-    lockstep: bool = parameter(False, "Tick only when every input of the step is there; for simulators that wait",
-                               dynamic=False)
+    lockstep: bool = parameter(
+        False, "Tick only when every input of the step is there; for simulators that wait", dynamic=False
+    )
     correction__enabled: bool = parameter(True, "Add the head's residual to the base action")
-    correction__model_path: str = parameter("compact_libero_spatial/head.onnx", "ONNX head; a relative path is looked up "
-                                            "in the package's models; swapped between two ticks")
+    correction__model_path: str = parameter(
+        "compact_libero_spatial/head.onnx",
+        "ONNX head; a relative path is looked up in the package's models; swapped between two ticks",
+    )
     correction__threads: int = parameter(1, "Threads of the head's runtime", low=1, high=64, dynamic=False)
-    residual_limit: float = parameter(4.0, "Largest plausible residual of any channel [action units]; beyond it the base "
-                                      "action is executed", low=0.0, high=1e6)
+    residual_limit: float = parameter(
+        4.0,
+        "Largest plausible residual of any channel [action units]; beyond it the base action is executed",
+        low=0.0,
+        high=1e6,
+    )
     future_tolerance_s: float = parameter(0.05, "How far a stamp may lie in the future [s]", low=0.0, high=10.0)
     autostart: bool = parameter(True, "Configure and activate by itself at start", dynamic=False)
 

@@ -95,12 +95,16 @@ class CorrectionLoop:
             ChunkError: If it does not fit the robot or its observation is from the future. Nothing changes then.
         """
         if chunk.action_names != self._robot.action_names:
-            raise ChunkError(f"chunk {chunk.chunk_id}: action_names are {list(chunk.action_names)}, the robot "
-                             f"{self._robot.name!r} has {list(self._robot.action_names)}")
+            raise ChunkError(
+                f"chunk {chunk.chunk_id}: action_names are {list(chunk.action_names)}, the robot "
+                f"{self._robot.name!r} has {list(self._robot.action_names)}"
+            )
         if chunk.t_obs_ns - now_ns > self._config.future_tolerance_ns:
-            raise ChunkError(f"chunk {chunk.chunk_id}: its observation lies {(chunk.t_obs_ns - now_ns) / 1e9:.3f} s in "
-                             f"the future, allowed are {self._config.future_tolerance_s} s; are the clocks of the "
-                             "machines synchronised?")
+            raise ChunkError(
+                f"chunk {chunk.chunk_id}: its observation lies {(chunk.t_obs_ns - now_ns) / 1e9:.3f} s in "
+                f"the future, allowed are {self._config.future_tolerance_s} s; are the clocks of the "
+                "machines synchronised?"
+            )
         installed = self._buffer.install(chunk)
         self._started |= installed
         return installed

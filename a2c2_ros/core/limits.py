@@ -41,8 +41,10 @@ class Limits:
                 continue
             array = np.array(values, dtype=np.float32)
             if array.shape != (len(names),) or np.isnan(array).any():
-                raise ConfigError(f"limit {label!r} is {array.tolist()}, allowed are {len(names)} numbers, one for "
-                                  f"each of {list(names)}")
+                raise ConfigError(
+                    f"limit {label!r} is {array.tolist()}, allowed are {len(names)} numbers, one for "
+                    f"each of {list(names)}"
+                )
             arrays[label] = array
         if (arrays["lower"] > arrays["upper"]).any():
             raise ConfigError(f"limit lower {arrays['lower'].tolist()} exceeds upper {arrays['upper'].tolist()}")
@@ -74,7 +76,7 @@ class Limits:
         return limited, flags
 
     def _step_within(self, previous: np.ndarray, delta: np.ndarray) -> np.ndarray:
-        """The float32 command nearest to ``previous + delta`` that does not exceed it: rounding must not add to a step."""
+        """The float32 command nearest to ``previous + delta`` within it: rounding must not add to a step."""
         exact = previous + delta
         rounded = exact.astype(np.float32)
         too_far = np.abs(rounded - previous.astype(np.float64)) > np.abs(delta)

@@ -69,8 +69,9 @@ class PlannerSchedule:
         self._sequence = 0 if cold else self._sequence + 1
         self._wanted_now = False
         delay = 0 if cold else self._sample_delay_steps()
-        self._in_flight = ChunkRequest(t_obs_ns, t_obs_ns + delay * step, self._sequence,
-                                       seed=config.seed * 1_000_003 + self._sequence)
+        self._in_flight = ChunkRequest(
+            t_obs_ns, t_obs_ns + delay * step, self._sequence, seed=config.seed * 1_000_003 + self._sequence
+        )
         self._last = self._in_flight
         return self._in_flight
 
@@ -82,4 +83,5 @@ class PlannerSchedule:
         delay, jitter = self._config.inference_delay, self._config.inference_delay_jitter
         if jitter == 0:
             return delay
-        return int(np.random.default_rng((self._config.seed, self._sequence)).integers(delay - jitter, delay + jitter + 1))
+        rng = np.random.default_rng((self._config.seed, self._sequence))
+        return int(rng.integers(delay - jitter, delay + jitter + 1))

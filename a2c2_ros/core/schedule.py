@@ -13,8 +13,8 @@ from a2c2_ros.core.errors import ConfigError
 def slot_index(t_tick_ns: int, t_obs_ns: int, step_ns: int) -> int:
     """Slot of a chunk that owns a tick: ``k = floor((t_tick - t_obs) / step)``.
 
-    A slot is a time, never a queue position: slot k owns ``[t_obs + k·step, t_obs + (k+1)·step)``. With the *scheduled*
-    time of the tick, jitter of its execution can neither repeat nor skip a slot.
+    A slot is a time, never a queue position: slot k owns ``[t_obs + k·step, t_obs + (k+1)·step)``. With the
+    *scheduled* time of the tick, jitter of its execution can neither repeat nor skip a slot.
 
     Args:
         t_tick_ns: Scheduled time of the tick [ns].

@@ -87,8 +87,9 @@ class _Reader:
         return tuple(values)
 
     def profile(self) -> Profile:
-        age_s = {name: float(self.get(f"max_age_s.{name}", (int, float))) for name in ("camera", "joint_states",
-                                                                                       "ee_pose")}
+        age_s = {
+            name: float(self.get(f"max_age_s.{name}", (int, float))) for name in ("camera", "joint_states", "ee_pose")
+        }
         for name, value in age_s.items():
             if not value > 0.0:
                 raise ConfigError(f"{self._path}: entry 'max_age_s.{name}' is {value}, allowed is a positive time")
@@ -122,8 +123,12 @@ class _Reader:
             state_names=STATE_NAMES,
             state_of=state_of,
             measured_of=lambda values: None,
-            limits=Limits.of(action_names, self.get("limits.lower", list), self.get("limits.upper", list),
-                             self.get("limits.step", list, None)),
+            limits=Limits.of(
+                action_names,
+                self.get("limits.lower", list),
+                self.get("limits.upper", list),
+                self.get("limits.step", list, None),
+            ),
             hold=HoldPolicy(
                 kind=self.get("hold.kind", str),
                 size=len(action_names),

@@ -1,4 +1,4 @@
-"""Node ``chunk_planner``: action chunks from a slow policy, computed beside the callbacks, published when they are due."""
+"""Node ``chunk_planner``: action chunks from a slow policy, computed beside the callbacks, published when due."""
 
 import sys
 import time
@@ -54,7 +54,7 @@ class ChunkPlanner(ManagedNode):
     def configure(self) -> None:
         config = self._parameters.value
         self._profile = load_profile(config.robot)
-        self._policy = load_policy(config.policy, str(model_path(config.policy_path)))
+        self._policy = load_policy(config.policy, str(model_path(config.policy_path)), threads=1)
         robot, policy = self._profile.robot, self._policy
         shapes = self._profile.camera_shapes()
         for name, mine, theirs in (
@@ -64,7 +64,9 @@ class ChunkPlanner(ManagedNode):
             *((f"camera {c}", shapes.get(c), (policy.image_size, policy.image_size, 3)) for c in policy.cameras),
         ):
             if mine != theirs:
-                raise ConfigError(f"policy {policy.policy_id} does not fit: {name} is {mine!r}, the policy needs {theirs!r}")
+                raise ConfigError(
+                    f"policy {policy.policy_id} does not fit: {name} is {mine!r}, the policy needs {theirs!r}"
+                )
         self._schedule = PlannerSchedule(config)
         self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", latched_qos(2))
         self._status_publisher = self.create_publisher(PlannerStatus, "planner_status", reliable_qos(10))
@@ -80,8 +82,9 @@ class ChunkPlanner(ManagedNode):
         self._instruction_subscription = self.create_subscription(
             String, "instruction", self._on_instruction, latched_qos(1)
         )
-        self._source = ObservationSource(self, self._profile, self._parameters.value.lockstep, self._log,
-                                         self._on_sample)
+        self._source = ObservationSource(
+            self, self._profile, self._parameters.value.lockstep, self._log, self._on_sample
+        )
 
     def deactivate(self) -> None:
         if self._worker is None:

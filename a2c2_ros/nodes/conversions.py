@@ -120,8 +120,10 @@ def message_to_chunk(message: ActionChunkMsg) -> ActionChunk:
     horizon, names = message.horizon, tuple(message.action_names)
     actions = np.frombuffer(message.actions, np.float32)
     if actions.size != horizon * len(names):
-        raise ChunkError(f"chunk {message.chunk_id}: {actions.size} values, allowed are horizon {horizon} x "
-                         f"{len(names)} names = {horizon * len(names)}")
+        raise ChunkError(
+            f"chunk {message.chunk_id}: {actions.size} values, allowed are horizon {horizon} x "
+            f"{len(names)} names = {horizon * len(names)}"
+        )
     return ActionChunk(
         chunk_id=message.chunk_id,
         t_obs_ns=to_ns(message.header.stamp),

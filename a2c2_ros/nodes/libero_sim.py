@@ -40,15 +40,22 @@ class SimConfig(Parameters):
 
     task: int = parameter(0, "LIBERO Spatial task", low=0, high=9, dynamic=False)
     episodes: int = parameter(2, "Episodes to run; 0: until stopped", low=0, high=100_000, dynamic=False)
-    initial_state: int = parameter(-1, "Official initial state; -1: the episode's number in turn", low=-1, high=49,
-                                   dynamic=False)
+    initial_state: int = parameter(
+        -1, "Official initial state; -1: the episode's number in turn", low=-1, high=49, dynamic=False
+    )
     seed: int = parameter(0, "Seed of the fixtures; episode n uses seed + n", low=0, high=2**31 - 1, dynamic=False)
     lockstep: bool = parameter(True, "Wait for the command of every step; else step on the clock", dynamic=False)
     lockstep_timeout_s: float = parameter(5.0, "Longest wait for a command in lockstep [s]", low=0.1, high=600.0)
-    start_timeout_s: float = parameter(120.0, "Longest wait for planner and controller at the start [s]", low=1.0,
-                                       high=3600.0)
-    episode_gap_s: float = parameter(5.0, "Pause between episodes on the ROS clock [s]; longer than a chunk, so that "
-                                     "none outlives its episode", low=0.0, high=600.0, dynamic=False)
+    start_timeout_s: float = parameter(
+        120.0, "Longest wait for planner and controller at the start [s]", low=1.0, high=3600.0
+    )
+    episode_gap_s: float = parameter(
+        5.0,
+        "Pause between episodes on the ROS clock [s]; longer than a chunk, so that none outlives its episode",
+        low=0.0,
+        high=600.0,
+        dynamic=False,
+    )
     max_steps: int = parameter(conventions.MAX_STEPS, "Step limit of an episode", low=1, high=100_000, dynamic=False)
     robot: str = parameter("libero", "Robot profile: a name in config/robots or a path", dynamic=False)
 
@@ -140,8 +147,9 @@ class LiberoSim(Node):
         if request.task not in conventions.TASKS:
             response.message = f"task is {request.task}, allowed are 0 to {conventions.TASKS[-1]}"
         elif not -1 <= request.initial_state < conventions.N_INITIAL_STATES:
-            response.message = (f"initial_state is {request.initial_state}, allowed are -1 to "
-                                f"{conventions.N_INITIAL_STATES - 1}")
+            response.message = (
+                f"initial_state is {request.initial_state}, allowed are -1 to {conventions.N_INITIAL_STATES - 1}"
+            )
         else:
             with self._changed:
                 self._task, self._requested_state = request.task, request.initial_state
@@ -179,8 +187,14 @@ class LiberoSim(Node):
                 if state < 0:
                     state = episode % env.n_initial_states
                 observation = env.reset(state, config.seed + episode)
-                status = EpisodeStatus(episode=episode, episodes=config.episodes, task=task, initial_state=state,
-                                       instruction=env.instruction, seed=config.seed + episode)
+                status = EpisodeStatus(
+                    episode=episode,
+                    episodes=config.episodes,
+                    task=task,
+                    initial_state=state,
+                    instruction=env.instruction,
+                    seed=config.seed + episode,
+                )
                 self._announce_instruction(env.instruction, first=episode == 0)
                 run_episode = self._run_lockstep if config.lockstep else self._run_real_time
                 end_ns = run_episode(env, observation, status, start_ns)
@@ -205,8 +219,10 @@ class LiberoSim(Node):
             if self._interrupted():
                 return
             if time.monotonic() > deadline:
-                raise SimulationError("the planner did not take the instruction in time; is chunk_planner running, and "
-                                      "with lockstep true?")
+                raise SimulationError(
+                    "the planner did not take the instruction in time; is chunk_planner running, and "
+                    "with lockstep true?"
+                )
             self._instruction.publish(String(data=instruction))
 
     def _run_lockstep(self, env, observation: dict[str, np.ndarray], status: EpisodeStatus, start_ns: int) -> int:
@@ -297,9 +313,7 @@ class LiberoSim(Node):
             return
         for name, publisher in self._cameras.items():
             publisher.publish(array_to_image(observation[name], stamp_ns, name))
-        self._joints.publish(
-            array_to_joint_state(observation["joint_position"], conventions.JOINT_NAMES, stamp_ns)
-        )
+        self._joints.publish(array_to_joint_state(observation["joint_position"], conventions.JOINT_NAMES, stamp_ns))
         self._pose.publish(array_to_pose(observation["ee_pose"], stamp_ns, FRAME))
 
     def _publish_phase(self, status: EpisodeStatus, phase: int, stamp_ns: int) -> int:

@@ -24,9 +24,7 @@ def sensor_qos(lockstep: bool) -> QoSProfile:
 
 def latched_qos(depth: int) -> QoSProfile:
     """Reliable, and late subscribers get the last messages."""
-    return QoSProfile(
-        depth=depth, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
-    )
+    return QoSProfile(depth=depth, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 
 def reliable_qos(depth: int) -> QoSProfile:

@@ -1,0 +1,129 @@
+"""One episode in one process: simulator, planner schedule and correction loop, stepped together without DDS.
+
+The same classes run in the nodes, in the same order, so that both execute the same actions.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from a2c2_ros.core.chunk import ActionChunk
+from a2c2_ros.core.config import PlannerConfig
+from a2c2_ros.core.controller import ControlStep, CorrectionLoop
+from a2c2_ros.core.errors import SimulationError
+from a2c2_ros.core.observation import ObservationBuffer
+from a2c2_ros.core.planner import PlannerSchedule
+from a2c2_ros.core.robot import Robot
+from a2c2_ros.policies.base import ChunkPolicy
+
+
+class Environment(Protocol):
+    """What a rollout needs of a simulator; see ``sim.libero_env``."""
+
+    instruction: str
+
+    def reset(self, initial_state: int | None, seed: int) -> Mapping[str, np.ndarray]: ...
+
+    def step(self, action: np.ndarray) -> tuple[Mapping[str, np.ndarray], bool]: ...
+
+
+@dataclass(eq=False)
+class Episode:
+    """Result of one episode."""
+
+    success: bool
+    steps: int
+    seconds: float
+    inference_ms: list[float] = field(default_factory=list)
+    head_ms: list[float] = field(default_factory=list)
+    states: dict[str, int] = field(default_factory=dict)  # ticks per controller state
+
+
+def run_episode(
+    env: Environment,
+    robot: Robot,
+    policy: ChunkPolicy,
+    loop: CorrectionLoop,
+    config: PlannerConfig,
+    *,
+    initial_state: int | None,
+    seed: int,
+    max_steps: int,
+    start_ns: int = 50_000_000,
+    on_step: Callable[[ControlStep, Mapping[str, np.ndarray]], None] = lambda step, observation: None,
+) -> Episode:
+    """Run one episode in lockstep.
+
+    The chunk of an inference is computed at once and handed over when it is due, so that the delay is exactly the
+    injected one.
+
+    Args:
+        env: The simulator.
+        robot: Must describe the simulator's robot.
+        policy: The base policy.
+        loop: The correction loop; it is reset first.
+        config: Execution horizon, delay, seed; the same as for ``chunk_planner``.
+        initial_state: Official initial state, or None for a sampled one.
+        seed: Seed of the environment.
+        max_steps: Step limit.
+        start_ns: Stamp of the first observation [ns].
+        on_step: Called with every control step and the observation that it saw.
+
+    Returns:
+        The episode's result.
+
+    Raises:
+        SimulationError: If the loop has no command for a step, which in lockstep only a bug can cause.
+    """
+    started = time.perf_counter()
+    observation = env.reset(initial_state, seed)
+    loop.reset()
+    states_before = loop.counts.copy()
+    schedule = PlannerSchedule(config)
+    buffer = ObservationBuffer(robot.streams)
+    ready: ActionChunk | None = None
+    chunk_id = 0
+    result = Episode(success=False, steps=0, seconds=0.0)
+
+    def hand_over(now_ns: int) -> None:
+        if schedule.in_flight is not None and now_ns >= schedule.in_flight.t_due_ns:
+            loop.install(ready, now_ns)
+            schedule.published()
+
+    while result.steps < max_steps and not result.success:
+        now_ns = start_ns + result.steps * config.step_ns
+        for stream in robot.streams:
+            buffer.put(stream, now_ns, observation[stream])
+        hand_over(now_ns)
+        request = schedule.next_request(now_ns)
+        if request is not None:
+            chunk_id += 1
+            inference_start_ns = time.perf_counter_ns()
+            inputs = robot.images(observation) | {"state": robot.state_of(observation)}
+            output = policy.predict(inputs, env.instruction, seed=request.seed)
+            ready = ActionChunk(
+                chunk_id=chunk_id,
+                t_obs_ns=request.t_obs_ns,
+                step_ns=config.step_ns,
+                actions=output.actions,
+                action_names=robot.action_names,
+                latent=output.latent,
+                language=output.language,
+                policy_id=policy.policy_id,
+            )
+            result.inference_ms.append((time.perf_counter_ns() - inference_start_ns) / 1e6)
+            hand_over(now_ns)
+        step = loop.tick(now_ns, buffer.snapshot())
+        on_step(step, observation)
+        if step.command is None:
+            raise SimulationError(f"no command for step {result.steps}: {step.state.name}, {step.reason.name}")
+        if step.head_ns:
+            result.head_ms.append(step.head_ns / 1e6)
+        observation, result.success = env.step(step.command)
+        result.steps += 1
+    result.states = {state.name: n for state, n in (loop.counts - states_before).items()}
+    result.seconds = time.perf_counter() - started
+    return result

