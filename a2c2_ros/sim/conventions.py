@@ -1,0 +1,43 @@
+"""Numbers and names of the LIBERO Spatial robot that every part must agree on. Needs nothing but numpy."""
+
+import numpy as np
+
+SUITE = "libero_spatial"
+TASKS = range(10)
+"""Task numbers of the suite, in LIBERO's task order 0."""
+
+ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+ACTION_DIM = len(ACTION_NAMES)
+ACTION_LOW = -1.0
+ACTION_HIGH = 1.0
+GRIPPER_OPEN = -1.0
+GRIPPER_HOLD = 0.0
+GRIPPER_CLOSE = 1.0
+POSITION_SCALE_M = 0.05
+"""Metres that a full position action asks for, from the current pose, in world axes."""
+ROTATION_SCALE_RAD = 0.5
+"""Radians that a full rotation action asks for, from the current orientation, about world axes."""
+
+JOINT_NAMES = tuple(f"panda_joint{i}" for i in range(1, 8)) + ("panda_finger_joint1", "panda_finger_joint2")
+CAMERAS = ("agentview", "wrist")
+LIBERO_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
+IMAGE_SIZE = 128
+STATE_DIM = 8
+
+CONTROL_RATE_HZ = 20
+STEP_NS = 1_000_000_000 // CONTROL_RATE_HZ
+SETTLE_STEPS = 10
+"""Steps without motion at the start of an episode: LIBERO's objects start slightly above their supports."""
+MAX_STEPS = 220
+"""Longest LIBERO Spatial episode of the usual protocol, settling not counted."""
+N_INITIAL_STATES = 50
+
+IDLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_OPEN])
+IDLE_ACTION.setflags(write=False)
+
+NOMINAL_EE_QUAT_XYZW = np.array([1.0, 0.0, 0.0, 0.0])
+"""End-effector orientation of the home pose (gripper pointing straight down), as the simulator reports it."""
+NOMINAL_EE_QUAT_XYZW.setflags(write=False)
+
+TARGET_BOWL = "akita_black_bowl_1"
+PLATE = "plate_1"
