@@ -1,6 +1,7 @@
 """The description of a system: arguments, parameters, and that the launch file starts the same."""
 
-import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,39 +86,49 @@ def test_parameter_files_list_every_parameter_with_its_default(name, make):
     assert file_parameters(ROOT / "config" / f"{name}.yaml") == defaults
 
 
-def launch_description():
-    spec = importlib.util.spec_from_file_location("libero_sim_launch", ROOT / "launch" / "libero_sim.launch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.generate_launch_description()
+NODE = """#!{python} -S
+import json, pathlib, sys, time
+folder, words = pathlib.Path("{folder}"), sys.argv
+files = [after for word, after in zip(words, words[1:]) if word == "--params-file"]
+report = {{"words": words, "files": files, "texts": [pathlib.Path(file).read_text() for file in files]}}
+(folder / "new").mkdir(exist_ok=True)
+new = folder / "new" / pathlib.Path(words[0]).name
+new.write_text(json.dumps(report))
+new.rename(folder / f"{{new.name}}.json")
+while new.name != "episode_monitor" or len(list(folder.glob("*.json"))) < 5:
+    time.sleep(0.05)
+"""
 
 
-def test_the_launch_file_starts_what_the_bring_up_starts():
+def test_the_launch_file_starts_what_the_bring_up_starts(tmp_path, monkeypatch):
     pytest.importorskip("launch_ros")
-    from launch import LaunchContext
-    from launch.actions import DeclareLaunchArgument, OpaqueFunction
-    from launch.utilities import perform_substitutions
-    from launch_ros.actions import Node
+    from launch import LaunchDescription, LaunchService
+    from launch.actions import IncludeLaunchDescription
+    from launch.launch_description_sources import PythonLaunchDescriptionSource
 
-    given = {"task": "4", "correction": "false", "record": "true", "out": "/tmp/parity"}
-    context = LaunchContext()
-    context.launch_configurations.update(given)
-    entities = launch_description().entities
-    declared = [entity for entity in entities if isinstance(entity, DeclareLaunchArgument)]
-    assert [argument.name for argument in declared] == [argument.name for argument in LIBERO_SIM_ARGUMENTS]
-    for argument in declared:
-        argument.visit(context)
-    (opaque,) = [entity for entity in entities if isinstance(entity, OpaqueFunction)]
-    nodes = [action for action in opaque.execute(context) if isinstance(action, Node)]
+    expected = system(task="4", correction="false", record="true", out=str(tmp_path / "run")).processes
+    (tmp_path / "share/ament_index/resource_index/packages").mkdir(parents=True)
+    (tmp_path / "share/ament_index/resource_index/packages/a2c2_ros").touch()
+    (tmp_path / "lib/a2c2_ros").mkdir(parents=True)
+    for process in expected:
+        path = tmp_path / "lib/a2c2_ros" / process.executable
+        path.write_text(NODE.format(python=sys.executable, folder=tmp_path))
+        path.chmod(0o755)
+    monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path))
+    monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path / "log"))
 
-    expected = system(**given).processes
-    assert len(nodes) == len(expected)
-    for node, process in zip(nodes, expected, strict=True):
-        node._perform_substitutions(context)
-        command = [perform_substitutions(context, words) for words in node.cmd]
-        assert Path(command[0]).name == process.executable
-        assert f"__node:={process.name}" in command
-        files = [Path(after) for word, after in zip(command, command[1:], strict=False) if word == "--params-file"]
-        assert tuple(files[:-1]) == process.parameter_files
-        overrides = yaml.safe_load(files[-1].read_text())
-        assert flatten(next(iter(overrides.values()))["ros__parameters"]) == process.parameters
+    source = PythonLaunchDescriptionSource(str(ROOT / "launch" / "libero_sim.launch.py"))
+    given = {"task": "4", "correction": "false", "record": "true", "out": str(tmp_path / "run")}
+    service = LaunchService(noninteractive=True)
+    service.include_launch_description(
+        LaunchDescription([IncludeLaunchDescription(source, launch_arguments=given.items())])
+    )
+    assert service.run() == 0
+    reports = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(reports) == {process.executable for process in expected}
+    for process in expected:
+        report = reports[process.executable]
+        assert f"__node:={process.name}" in report["words"]
+        assert tuple(map(Path, report["files"][:-1])) == process.parameter_files
+        (overrides,) = yaml.safe_load(report["texts"][-1]).values()
+        assert flatten(overrides["ros__parameters"]) == process.parameters
