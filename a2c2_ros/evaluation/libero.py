@@ -8,8 +8,8 @@ import argparse
 import json
 import os
 import sys
-import traceback
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from geometry_msgs.msg import PoseStamped
 from rclpy.executors import ExternalShutdownException
-from rclpy.node import Node
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
@@ -27,7 +26,7 @@ from a2c2_ros.nodes.conversions import (
     to_ns,
     to_time,
 )
-from a2c2_ros.nodes.runtime import NodeParameters, latched_qos, reliable_qos, run, sensor_qos
+from a2c2_ros.nodes.runtime import NodeParameters, PlainNode, latched_qos, reliable_qos, run, sensor_qos
 from a2c2_ros.sim import conventions
 from a2c2_ros.srv import SetTask
 
@@ -60,7 +59,7 @@ class SimConfig(Parameters):
     robot: str = parameter("libero", "Robot profile: a name in config/robots or a path", dynamic=False)
 
 
-class LiberoSim(Node):
+class LiberoSim(PlainNode):
     """Runs episodes on a thread of its own (the renderer belongs to one thread); the executor only takes messages.
 
     Lockstep: an observation and ``/clock`` are published, and the simulation steps when the command with the same stamp

@@ -6,6 +6,8 @@ from dataclasses import MISSING, fields
 
 import rclpy
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.clock import Clock as RosClock
+from rclpy.clock import ClockType
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
@@ -108,6 +110,17 @@ class EdgeLog:
         """The condition ``key`` does not hold."""
         if self._active.pop(key, None) is not None:
             self._logger.info(f"{key}: fine again after {self.counts[key]} problems")
+
+
+class PlainNode(Node):
+    """A node without a life cycle: it works from its start to its end."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.system_clock = RosClock(clock_type=ClockType.STEADY_TIME)
+
+    def close(self) -> None:
+        """Stop working; the node is about to be destroyed."""
 
 
 class ManagedNode(LifecycleNode):

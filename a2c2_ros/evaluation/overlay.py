@@ -1,0 +1,87 @@
+"""Pictures of an episode: the cameras with the base and the corrected action drawn beside them, as a video."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+
+CAMERA_SIZE = 256
+PANEL_WIDTH = 256
+BASE_COLOUR = (150, 150, 150)
+COMMAND_COLOUR = (40, 110, 220)
+TEXT_COLOUR = (30, 30, 30)
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+def draw_frame(
+    images: Sequence[np.ndarray],
+    names: Sequence[str],
+    base_action: np.ndarray,
+    command: np.ndarray,
+    lines: Sequence[str],
+    limit: float = 1.0,
+) -> np.ndarray:
+    """One video frame: the cameras side by side, then a panel with text and two bars per action channel.
+
+    Args:
+        images: (h, w, 3) uint8 RGB each.
+        names: Names of the A action channels.
+        base_action: (A,) action of the chunk, grey bars.
+        command: (A,) executed action, blue bars; empty if nothing was sent.
+        lines: Text above the bars.
+        limit: Action value at the end of a bar.
+
+    Returns:
+        (256, 256 * (cameras + 1), 3) uint8 RGB.
+    """
+    panel = np.full((CAMERA_SIZE, PANEL_WIDTH, 3), 255, np.uint8)
+    for row, line in enumerate(lines):
+        cv2.putText(panel, line, (8, 16 + 15 * row), FONT, 0.38, TEXT_COLOUR, 1, cv2.LINE_AA)
+    top = 16 + 15 * len(lines)
+    height = max(8, (CAMERA_SIZE - top - 8) // max(len(names), 1))
+    left, right = 64, PANEL_WIDTH - 10
+    centre, half = (left + right) // 2, (right - left) // 2
+    for row, name in enumerate(names):
+        y = top + row * height
+        cv2.putText(panel, name, (8, y + height // 2 + 4), FONT, 0.36, TEXT_COLOUR, 1, cv2.LINE_AA)
+        for values, colour, offset in ((base_action, BASE_COLOUR, 0.12), (command, COMMAND_COLOUR, 0.5)):
+            if row < len(values):
+                end = centre + int(np.clip(values[row] / limit, -1.0, 1.0) * half)
+                upper = y + int(offset * height)
+                cv2.rectangle(panel, (min(centre, end), upper), (max(centre, end), upper + height // 3), colour, -1)
+        cv2.line(panel, (centre, y), (centre, y + height - 2), (200, 200, 200), 1)
+    shown = [cv2.resize(image, (CAMERA_SIZE, CAMERA_SIZE), interpolation=cv2.INTER_LINEAR) for image in images]
+    return np.concatenate([*shown, panel], axis=1)
+
+
+class VideoWriter:
+    """H.264 video in an MP4 file, written frame by frame; the file appears when it is closed.
+
+    Args:
+        path: Where the video goes.
+        rate_hz: Frames per second.
+    """
+
+    def __init__(self, path: Path, rate_hz: float) -> None:
+        self._path = path
+        self._partial = path.with_suffix(".partial.mp4")
+        self._container = av.open(str(self._partial), "w")
+        self._stream = self._container.add_stream("libx264", rate=Fraction(rate_hz).limit_denominator(1000))
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.options = {"crf": "23", "preset": "veryfast"}
+
+    def add(self, frame: np.ndarray) -> None:
+        """Append a frame, (even height, even width, 3) uint8 RGB, of the same size each time."""
+        self._stream.height, self._stream.width = frame.shape[:2]
+        for packet in self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+            self._container.mux(packet)
+
+    def close(self) -> None:
+        """Finish the file."""
+        for packet in self._stream.encode():
+            self._container.mux(packet)
+        self._container.close()
+        self._partial.rename(self._path)

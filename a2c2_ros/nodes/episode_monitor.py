@@ -1,0 +1,293 @@
+"""Node ``episode_monitor``: what a person sees of a run. A table row and a video per episode, a summary at the end."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from sensor_msgs.msg import Image
+
+from a2c2_ros.core.config import Parameters, parameter
+from a2c2_ros.core.errors import ConfigError, ObservationError
+from a2c2_ros.core.safety import State
+from a2c2_ros.core.timing import Window
+from a2c2_ros.drivers.profile import load_profile
+from a2c2_ros.evaluation.overlay import VideoWriter, draw_frame
+from a2c2_ros.msg import ControlStep, EpisodeStatus
+from a2c2_ros.nodes.conversions import image_to_array, to_ns
+from a2c2_ros.nodes.runtime import EdgeLog, NodeParameters, PlainNode, latched_qos, reliable_qos, run, sensor_qos
+
+RESULTS = {
+    EpisodeStatus.SUCCEEDED: "success",
+    EpisodeStatus.FAILED: "failure",
+    EpisodeStatus.ABORTED: "aborted",
+}
+COLUMNS = (
+    "episode",
+    "task",
+    "initial state",
+    "result",
+    "steps",
+    "missed",
+    "period error p50/p99 [ms]",
+    "head p50/p99 [ms]",
+    "chunk delay [steps]",
+    "states",
+)
+IMAGES_KEPT = 400
+LAST_STEP_WAIT_S = 1.0
+
+
+@dataclass(frozen=True)
+class MonitorConfig(Parameters):
+    """Parameters of ``episode_monitor``: where the results go, and what the run was started with."""
+
+    out: str = parameter("runs/latest", "Run folder", dynamic=False)
+    headless: bool = parameter(True, "Show no window", dynamic=False)
+    robot: str = parameter("libero", "Robot profile", dynamic=False)
+    task: int = parameter(0, "Task the run was started with", dynamic=False)
+    episodes: int = parameter(0, "Episodes of the run; 0: until stopped", low=0, high=100_000, dynamic=False)
+    seed: int = parameter(0, "Seed of the run", dynamic=False)
+    execution_horizon: int = parameter(40, "e [steps]", dynamic=False)
+    inference_delay: int = parameter(10, "d [steps]", dynamic=False)
+    inference_delay_jitter: int = parameter(0, "[steps]", dynamic=False)
+    correction: bool = parameter(True, "Whether the head corrects", dynamic=False)
+    lockstep: bool = parameter(True, "Whether the simulation waits for commands", dynamic=False)
+    record: bool = parameter(False, "Whether a bag is written", dynamic=False)
+
+
+class Statistics:
+    """What is measured over an episode or a run."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+        self.missed = 0
+        self.period_error_ms = Window()
+        self.head_ms = Window()
+        self.chunk_delay_steps = Window()
+        self.states: Counter[str] = Counter()
+        self._chunk = (0, 0)
+
+    def add(self, step: ControlStep) -> None:
+        """Take one control step."""
+        self.ticks += 1
+        self.missed += step.missed_ticks
+        self.period_error_ms.add(abs(step.period_error_s) * 1e3)
+        if step.head_time_s:
+            self.head_ms.add(step.head_time_s * 1e3)
+        self.states[State(step.state).name.lower()] += 1
+        chunk = (step.chunk_stamp.sec, step.chunk_stamp.nanosec)
+        if chunk != self._chunk and step.slot >= 0:
+            if self._chunk != (0, 0):  # the first chunk of an episode is waited for: its delay is no delay
+                self.chunk_delay_steps.add(step.chunk_delay_steps)
+            self._chunk = chunk
+
+    def new_episode(self) -> None:
+        """The next chunk is the first of an episode."""
+        self._chunk = (0, 0)
+
+
+class EpisodeMonitor(PlainNode):
+    """Listens only; ends itself, and so the run, after the last episode."""
+
+    def __init__(self) -> None:
+        super().__init__("episode_monitor")
+        self._parameters = NodeParameters(self, MonitorConfig(), lambda candidate: None, lambda config: None)
+        config = self._parameters.value
+        self._log = EdgeLog(self)
+        self._console = Console(width=160, soft_wrap=True)
+        self._profile = load_profile(config.robot)
+        self._out = Path(config.out)
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out is {config.out!r} and cannot be made: {error}") from error
+        self._run = Statistics()
+        self._episode_statistics = Statistics()
+        self._rows: list[dict[str, object]] = []
+        self._started: EpisodeStatus | None = None
+        self._ended: EpisodeStatus | None = None
+        self._images: dict[str, dict[int, np.ndarray]] = {c.name: {} for c in self._profile.cameras}
+        self._video: VideoWriter | None = None
+        self._last_step_ns = 0
+        self._wait_timer = None
+        for camera in self._profile.cameras:
+            self.create_subscription(Image, camera.topic, partial(self._on_image, camera), sensor_qos(config.lockstep))
+        self.create_subscription(ControlStep, "control_step", self._on_step, reliable_qos(1000))
+        self.create_subscription(EpisodeStatus, "episode", self._on_episode, latched_qos(10))
+        self._console.print(f"results: {self._out}")
+
+    def close(self) -> None:
+        """Write what there is; the node is about to be destroyed."""
+        self._close_video()
+        self._console.print(self._write_summary())
+        if not self._parameters.value.headless:
+            cv2.destroyAllWindows()
+
+    def _on_image(self, camera, message: Image) -> None:
+        try:
+            image = image_to_array(message, camera.height, camera.width)
+        except ObservationError as error:
+            self._log.problem(camera.name, str(error))
+            return
+        images = self._images[camera.name]
+        images[to_ns(message.header.stamp)] = image
+        while len(images) > IMAGES_KEPT:
+            del images[next(iter(images))]
+
+    def _on_episode(self, message: EpisodeStatus) -> None:
+        if message.phase == EpisodeStatus.STARTED:
+            self._finish_episode()
+            self._started, self._ended = message, None
+            self._episode_statistics = Statistics()
+            self._run.new_episode()
+            return
+        if self._started is None:
+            return
+        self._ended = message
+        if self._wait_timer is None:  # the last control step may come after the end of the episode
+            self._wait_timer = self.create_timer(LAST_STEP_WAIT_S, self._finish_episode, clock=self.system_clock)
+        self._finish_if_complete()
+
+    def _on_step(self, step: ControlStep) -> None:
+        if self._started is None or to_ns(step.header.stamp) < to_ns(self._started.header.stamp):
+            return
+        self._last_step_ns = to_ns(step.header.stamp)
+        self._episode_statistics.add(step)
+        self._run.add(step)
+        self._draw(step)
+        self._finish_if_complete()
+
+    def _finish_if_complete(self) -> None:
+        if self._ended is not None and self._episode_statistics.ticks >= self._ended.steps:
+            self._finish_episode()
+
+    def _finish_episode(self) -> None:
+        if self._wait_timer is not None:
+            self.destroy_timer(self._wait_timer)
+            self._wait_timer = None
+        ended, self._ended, self._started = self._ended, None, None
+        self._close_video()
+        if ended is None:
+            return
+        self._rows.append(self._row(ended))
+        self._print_table()
+        self._write_summary()
+        finished = sum(row["result"] != "aborted" for row in self._rows)
+        if ended.episodes and finished >= ended.episodes:
+            raise SystemExit(0)
+
+    def _row(self, ended: EpisodeStatus) -> dict[str, object]:
+        statistics = self._episode_statistics
+        return {
+            "episode": ended.episode,
+            "task": ended.task,
+            "initial_state": ended.initial_state,
+            "instruction": ended.instruction,
+            "result": RESULTS[ended.phase],
+            "steps": ended.steps,
+            "timeouts": ended.timeouts,
+            **summarise(statistics),
+        }
+
+    def _print_table(self) -> None:
+        table = Table(*COLUMNS, title=self._rows[-1]["instruction"])
+        for row in self._rows:
+            table.add_row(
+                str(row["episode"]),
+                str(row["task"]),
+                str(row["initial_state"]),
+                f"[{'green' if row['result'] == 'success' else 'red'}]{row['result']}",
+                str(row["steps"]),
+                str(row["missed_ticks"]),
+                f"{_number(row['period_error_ms_p50'])} / {_number(row['period_error_ms_p99'])}",
+                f"{_number(row['head_ms_p50'])} / {_number(row['head_ms_p99'])}",
+                _number(row["chunk_delay_steps_p50"]),
+                " ".join(f"{name} {n}" for name, n in row["states"].items()),
+            )
+        self._console.print(table)
+
+    def _write_summary(self) -> str:
+        """Write ``summary.json``; returns the result in one line."""
+        config = asdict(self._parameters.value)
+        del config["headless"], config["robot"], config["out"]
+        finished = [row for row in self._rows if row["result"] != "aborted"]
+        summary = config | {
+            "episodes": len(finished),
+            "successes": sum(row["result"] == "success" for row in finished),
+            **summarise(self._run),
+            "per_episode": self._rows,
+        }
+        path = self._out / "summary.json"
+        partial_path = path.with_suffix(".partial")
+        partial_path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        partial_path.replace(path)
+        return f"{summary['successes']} of {len(finished)} episodes succeeded; {path}"
+
+    def _draw(self, step: ControlStep) -> None:
+        stamp_ns = to_ns(step.header.stamp)
+        images = []
+        for stamped in self._images.values():
+            newest = max((s for s in stamped if s <= stamp_ns), default=None)
+            if newest is None:
+                return
+            images.append(stamped[newest])
+        started = self._started
+        lines = (
+            f"task {started.task}, initial state {started.initial_state}",
+            f"{State(step.state).name.lower()}, tick {step.tick}",
+            f"chunk {step.chunk_id}, slot {step.slot} of {step.horizon}",
+            "grey: base action, blue: executed",
+        )
+        names = self._profile.robot.action_names
+        frame = draw_frame(images, names, np.array(step.base_action), np.array(step.command), lines)
+        if self._video is None:
+            path = self._out / f"episode{started.episode:03d}_task{started.task}.mp4"
+            self._video = VideoWriter(path, rate_hz=20)
+        self._video.add(frame)
+        if not self._parameters.value.headless:
+            cv2.imshow("a2c2_ros", frame[:, :, ::-1])
+            cv2.waitKey(1)
+
+    def _close_video(self) -> None:
+        if self._video is not None:
+            self._video.close()
+            self._video = None
+
+
+def summarise(statistics: Statistics) -> dict[str, object]:
+    """The measured part of a summary; None where nothing was measured."""
+
+    def rounded(window: Window, q: float) -> float | None:
+        value = window.percentile(q)
+        return None if value is None else round(value, 3)
+
+    return {
+        "ticks": statistics.ticks,
+        "missed_ticks": statistics.missed,
+        "period_error_ms_p50": rounded(statistics.period_error_ms, 50),
+        "period_error_ms_p99": rounded(statistics.period_error_ms, 99),
+        "head_ms_p50": rounded(statistics.head_ms, 50),
+        "head_ms_p99": rounded(statistics.head_ms, 99),
+        "chunk_delay_steps_p50": rounded(statistics.chunk_delay_steps, 50),
+        "states": dict(statistics.states),
+    }
+
+
+def _number(value: object) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the executable."""
+    sys.exit(run(EpisodeMonitor, args))
+
+
+if __name__ == "__main__":
+    main()

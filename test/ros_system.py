@@ -1,0 +1,62 @@
+"""Nodes as real processes for the tests, on a DDS domain of their own."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TIMEOUT_S = 90.0
+
+
+class System:
+    """Starts nodes as ``ros2 run`` would, collects their output and ends them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.domain_id = random.SystemRandom().randrange(1, 100)
+        self._folder = folder
+        self._processes: dict[str, subprocess.Popen] = {}
+
+    def start(self, node: str, **parameters) -> subprocess.Popen:
+        arguments = ["--ros-args"]
+        for name, value in parameters.items():
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            arguments += ["-p", f"{name.replace('__', '.')}:={text}"]
+        code = f"import sys; from a2c2_ros.nodes.{node} import main; main(sys.argv)"
+        log = (self._folder / f"{node}.log").open("w")
+        environment = os.environ | {"ROS_DOMAIN_ID": str(self.domain_id), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stdout=log, stderr=log)
+        self._processes[node] = process
+        return process
+
+    def log(self, node: str) -> str:
+        return (self._folder / f"{node}.log").read_text()
+
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"== {node}\n{self.log(node)}" for node in self._processes)
+                raise AssertionError(f"{what} did not happen within {timeout_s} s\n{logs}")
+            time.sleep(0.05)
+
+    def wait_for_log(self, node: str, text: str) -> None:
+        self.wait_for(lambda: text in self.log(node), f"{text!r} in the log of {node}")
+
+    def stop(self, node: str, signal_number: int = signal.SIGTERM) -> int:
+        process = self._processes[node]
+        if process.poll() is None:
+            process.send_signal(signal_number)
+        return process.wait(timeout=30)
+
+    def close(self) -> dict[str, int]:
+        try:
+            return {node: self.stop(node) for node in self._processes}
+        finally:
+            for process in self._processes.values():
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()

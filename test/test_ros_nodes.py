@@ -1,0 +1,244 @@
+"""Planner and controller as real processes: parameters over their services, bad input, clean end."""
+
+import signal
+
+import numpy as np
+import pytest
+from ros_system import System
+
+rclpy = pytest.importorskip("rclpy")
+
+from a2c2_ros.msg import ActionChunk, ControlStep
+from rcl_interfaces.msg import ParameterType
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.parameter import Parameter
+from rclpy.parameter_client import AsyncParameterClient
+from std_msgs.msg import String
+
+from a2c2_ros.core.manifest import MANIFEST_KEY
+from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state, array_to_pose, to_duration, to_time
+from a2c2_ros.nodes.runtime import latched_qos, reliable_qos, sensor_qos
+from a2c2_ros.paths import model_path
+from a2c2_ros.sim import conventions
+
+HEAD = "compact_libero_spatial/head.onnx"
+
+
+class Bench:
+    """A system, and a node of the test on its domain that plays the robot's drivers."""
+
+    def __init__(self, folder):
+        self.system = System(folder)
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context, domain_id=self.system.domain_id)
+        self.node = rclpy.create_node("bench", context=self.context)
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+        from geometry_msgs.msg import PoseStamped
+        from sensor_msgs.msg import Image, JointState
+
+        qos = sensor_qos(lockstep=False)
+        self.cameras = {n: self.node.create_publisher(Image, f"{n}/image", qos) for n in conventions.CAMERAS}
+        self.joints = self.node.create_publisher(JointState, "joint_states", qos)
+        self.pose = self.node.create_publisher(PoseStamped, "ee_pose", qos)
+        self.chunks = self.node.create_publisher(ActionChunk, "action_chunk", latched_qos(2))
+        self.instruction = self.node.create_publisher(String, "instruction", latched_qos(1))
+        self.steps = []
+        self.received_chunks = []
+        self.node.create_subscription(ControlStep, "control_step", self.steps.append, reliable_qos(1000))
+        self.image = np.zeros((128, 128, 3), np.uint8)
+        self.node.create_timer(0.04, self.publish_sensors)
+
+    def publish_sensors(self):
+        now = self.now_ns()
+        for name, publisher in self.cameras.items():
+            publisher.publish(array_to_image(self.image, now, name))
+        self.joints.publish(array_to_joint_state(np.zeros(9), conventions.JOINT_NAMES, now))
+        self.pose.publish(array_to_pose(np.array([0, 0, 1.0, 1, 0, 0, 0]), now, "world"))
+
+    def now_ns(self):
+        return self.node.get_clock().now().nanoseconds
+
+    def chunk(self, manifest, **changes):
+        message = ActionChunk(
+            chunk_id=1,
+            step=to_duration(50_000_000),
+            horizon=50,
+            policy_id=manifest.policy_id,
+            action_names=list(conventions.ACTION_NAMES),
+        )
+        message.header.stamp = to_time(self.now_ns())
+        message.actions = [0.1] * 350
+        message.latent = [0.0] * manifest.latent_size
+        message.language = [0.0] * manifest.language_size
+        for name, value in changes.items():
+            setattr(message, name, value)
+        self.chunks.publish(message)
+
+    def spin_until(self, condition, what, timeout_s=60.0):
+        def spun():
+            self.executor.spin_once(timeout_sec=0.02)
+            return condition()
+
+        self.system.wait_for(spun, what, timeout_s)
+
+    def set_parameter(self, node, name, value):
+        """(accepted, reason)"""
+        client = AsyncParameterClient(self.node, node)
+        future = client.set_parameters([Parameter(name, value=value)])
+        self.spin_until(future.done, f"{name} of {node}")
+        result = future.result().results[0]
+        return result.successful, result.reason
+
+    def get_parameter(self, node, name):
+        client = AsyncParameterClient(self.node, node)
+        future = client.get_parameters([name])
+        self.spin_until(future.done, f"{name} of {node}")
+        value = future.result().values[0]
+        return {
+            ParameterType.PARAMETER_INTEGER: value.integer_value,
+            ParameterType.PARAMETER_BOOL: value.bool_value,
+            ParameterType.PARAMETER_STRING: value.string_value,
+        }[value.type]
+
+    def wait_for_state(self, state, since=None):
+        since = len(self.steps) if since is None else since
+        self.spin_until(lambda: any(s.state == state for s in self.steps[since:]), f"state {state}")
+        return next(s for s in self.steps[since:] if s.state == state)
+
+    def close(self):
+        codes = self.system.close()
+        self.node.destroy_node()
+        rclpy.shutdown(context=self.context)
+        return codes
+
+
+@pytest.fixture
+def bench(tmp_path):
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    from a2c2_ros.heads.onnx_head import OnnxHead
+
+    return OnnxHead(model_path(HEAD)).manifest
+
+
+@pytest.mark.timeout(200)
+def test_planner_parameters_over_the_services(bench):
+    bench.system.start("chunk_planner")
+    bench.system.wait_for_log("chunk_planner", "configured")
+    assert bench.set_parameter("chunk_planner", "inference_delay", 5) == (True, "")
+    assert bench.get_parameter("chunk_planner", "inference_delay") == 5
+    for name, value, words in (
+        ("inference_delay", 41, ("H=50", "e=40", "d=41", "d <= e")),
+        ("execution_horizon", 46, ("H=50", "e=46", "d=5", "e + d <= H")),
+        ("execution_horizon", 0, ("execution_horizon", "0")),
+        ("execution_horizon", "ten", ("execution_horizon", "type")),
+        ("policy_path", "elsewhere", ("policy_path", "read-only")),
+    ):
+        accepted, reason = bench.set_parameter("chunk_planner", name, value)
+        assert not accepted
+        assert all(word in reason for word in words), reason
+    assert bench.get_parameter("chunk_planner", "execution_horizon") == 40
+    received = []
+    bench.node.create_subscription(ActionChunk, "action_chunk", received.append, latched_qos(2))
+    bench.instruction.publish(String(data="pick up the black bowl"))
+    bench.spin_until(lambda: len(received) >= 2, "two chunks")
+    assert received[0].horizon == 50 and len(received[0].actions) == 350
+    stamps = [m.header.stamp.sec * 10**9 + m.header.stamp.nanosec for m in received]
+    assert 40 <= (stamps[1] - stamps[0]) / 50e6 < 43, "the next observation is the first after e steps"
+    assert bench.system.stop("chunk_planner", signal.SIGINT) == 0
+
+
+@pytest.mark.timeout(200)
+def test_controller_parameters_and_bad_data(bench, manifest, tmp_path):
+    bench.system.start("correction_controller")
+    bench.system.wait_for_log("correction_controller", "configured")
+    waiting = bench.wait_for_state(ControlStep.WAITING)
+    assert len(waiting.command) == 0, "nothing is commanded before the first chunk"
+
+    bench.chunk(manifest, actions=[float("nan")] * 350)
+    bench.system.wait_for_log("correction_controller", "not finite")
+    bench.chunk(manifest, actions=[0.1] * 349)
+    assert bench.wait_for_state(ControlStep.WAITING)
+
+    bench.chunk(manifest)
+    running = bench.wait_for_state(ControlStep.RUNNING)
+    assert np.allclose(running.command, np.clip(np.array(running.base_action) + running.residual, -1, 1), atol=1e-6)
+
+    assert bench.set_parameter("correction_controller", "correction.enabled", False) == (True, "")
+    base_only = bench.wait_for_state(ControlStep.BASE_ONLY)
+    assert np.array_equal(base_only.command, base_only.base_action)
+    assert bench.set_parameter("correction_controller", "correction.enabled", True) == (True, "")
+
+    garbage = tmp_path / "garbage.onnx"
+    garbage.write_bytes(b"no graph")
+    for name, value, words in (
+        ("correction.model_path", str(tmp_path / "missing.onnx"), ("missing.onnx", "does not exist")),
+        ("correction.model_path", str(garbage), ("garbage.onnx", "cannot be loaded")),
+        ("correction.enabled", "yes", ("correction.enabled", "type")),
+        ("residual_limit", -1.0, ("residual_limit", "-1")),
+    ):
+        accepted, reason = bench.set_parameter("correction_controller", name, value)
+        assert not accepted
+        assert all(word in reason for word in words), reason
+    assert bench.get_parameter("correction_controller", "correction.model_path") == HEAD
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+
+    swapped = tmp_path / "swapped.onnx"
+    swapped.write_bytes(model_path(HEAD).read_bytes())
+    assert bench.set_parameter("correction_controller", "correction.model_path", str(swapped)) == (True, "")
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+
+    bench.chunk(manifest, policy_id="another-policy")
+    mismatch = bench.wait_for_state(ControlStep.HOLDING)
+    assert "policy_id" in mismatch.detail and "another-policy" in mismatch.detail
+
+    since = len(bench.steps)
+    bench.image = np.zeros((64, 64, 3), np.uint8)
+    bench.system.wait_for_log("correction_controller", "image is 64 x 64 pixels, allowed is 128 x 128")
+    bench.chunk(manifest)
+    bench.spin_until(lambda: any("agentview" in s.detail for s in bench.steps[since:]), "hold for the stale camera")
+    assert bench.system.stop("correction_controller", signal.SIGTERM) == 0
+
+
+@pytest.mark.timeout(100)
+def test_a_head_that_cannot_be_used_stops_the_start(bench, tmp_path, manifest):
+    onnx = pytest.importorskip("onnx")
+    import dataclasses
+
+    model = onnx.load(str(model_path(HEAD)))
+    other = dataclasses.replace(manifest, action_space="joint_position")
+    next(p for p in model.metadata_props if p.key == MANIFEST_KEY).value = other.to_json()
+    path = tmp_path / "other.onnx"
+    onnx.save(model, str(path))
+    process = bench.system.start("correction_controller", correction__model_path=path)
+    assert process.wait(timeout=60) == 1
+    log = bench.system.log("correction_controller")
+    assert "action_space: head 'joint_position', robot 'osc_pose_delta'" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(
+    ("node", "parameters", "words"),
+    [
+        ("libero_sim", {"task": 10}, ("task", "10")),
+        ("correction_controller", {"correction__model_path": "nowhere.onnx"}, ("nowhere.onnx", "does not exist")),
+        ("correction_controller", {"control_rate_hz": "fast"}, ("control_rate_hz",)),
+        ("chunk_planner", {"inference_delay": 45}, ("H=50", "d=45")),
+        ("chunk_planner", {"robot": "r2d2"}, ("r2d2", "libero")),
+    ],
+)
+def test_bad_parameters_at_start_name_the_value(bench, node, parameters, words):
+    process = bench.system.start(node, **parameters)
+    assert process.wait(timeout=60) == 1
+    log = bench.system.log(node)
+    assert all(word in log for word in words), log
+    assert "Traceback" not in log
