@@ -74,7 +74,10 @@ def data(root):
 @pytest.fixture(scope="module", autouse=True)
 def embedding():
     """A stand-in for the sentence encoder, which test_flow tests."""
-    table = lambda data: torch.eye(len(data.instructions), 384)
+
+    def table(data):
+        return torch.eye(len(data.instructions), 384)
+
     with pytest.MonkeyPatch.context() as patch:
         for module in ("train_policy", "train_head", "cache_chunks"):
             patch.setattr(f"a2c2_ros.training.{module}.language_table", table)
@@ -191,6 +194,10 @@ def test_training_is_reproducible_and_continues(data, tmp_path):
     train_policy(data, config_for(data), loop_for(20, validate_every=10, schedule="constant"), tmp_path / "c", 0.3)
     assert torch.equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert torch.equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    for name in ("d", "e"):
+        loop = loop_for(20, validate_every=20, schedule="constant", workers=2)
+        train_policy(data, config_for(data), loop, tmp_path / name, 0.3)
+    assert torch.equal(weights(tmp_path / "d"), weights(tmp_path / "e"))
     with pytest.raises(ConfigError, match="checkpoint|of 'flow"):
         train_policy(data, config_for(data), loop_for(20, seed=1), tmp_path / "a", 0.3)
 
@@ -227,6 +234,8 @@ def test_head_corrects_a_base_that_is_wrong(chunks, data, policy, tmp_path):
 def test_budget_must_be_one():
     with pytest.raises(ConfigError, match="minutes"):
         loop_for(10, minutes=1.0)
+    with pytest.raises(ConfigError, match="workers"):
+        loop_for(10, workers=3)
     with pytest.raises(ConfigError, match="schedule"):
         loop_for(10, schedule="linear")
 

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from a2c2_ros.core.errors import ConfigError
+from a2c2_ros.drivers.profile import STATE_NAMES
 
 # Actions that are commands of a state, not motions: after the end of an episode they keep their last value.
 HELD_ACTIONS = ("gripper",)
@@ -149,14 +150,14 @@ def load_demonstrations(root: str | Path, cameras: Sequence[str] | None = None) 
         task=task,
         instructions=tuple(names[int(i)] for i in task_ids),
         action_names=_names(source.features, "action"),
-        state_names=_names(source.features, "observation.state"),
+        state_names=_names(source.features, "observation.state", STATE_NAMES),
         step_ns=round(1e9 / source.fps),
         data_hash=data_hash,
     )
 
 
-def _names(features: Mapping[str, Mapping], key: str) -> tuple[str, ...]:
-    names = features[key].get("names")
+def _names(features: Mapping[str, Mapping], key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
+    names = features[key].get("names") or default
     if isinstance(names, Mapping):
         names = next(iter(names.values()))
     if not names or len(names) != features[key]["shape"][0]:

@@ -5,7 +5,8 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +35,14 @@ class LoopConfig:
     validate_every: int = 500  # [steps]; a checkpoint is written each time
     seed: int = 0
     device: str = "cpu"
+    workers: int = 1  # threads that share each batch
     bfloat16: bool = True
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise ConfigError(f"steps is {self.steps} and minutes is {self.minutes}, allowed is one of them")
+        if self.workers < 1 or self.batch_size % self.workers:
+            raise ConfigError(f"workers is {self.workers}, allowed are divisors of batch_size {self.batch_size}")
         if self.schedule not in ("cosine", "constant"):
             raise ConfigError(f"schedule is {self.schedule!r}, allowed are 'cosine' and 'constant'")
 
@@ -55,6 +59,9 @@ class LoopConfig:
         parser.add_argument("--validate-every", type=int, default=500, help="steps between validations")
         parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--device", default="cpu", help="torch device, e.g. cpu, cuda")
+        parser.add_argument(
+            "--workers", type=int, default=1, help="threads that share each batch; on a CPU one per core is fastest"
+        )
         parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
 
     @classmethod
@@ -76,7 +83,7 @@ class Trained:
 
 def train(
     model: nn.Module,
-    loss: Callable[[nn.Module, np.random.Generator], Tensor],
+    loss: Callable[[nn.Module, np.random.Generator, int], Tensor],
     validate: Callable[[nn.Module], Mapping[str, float]],
     config: LoopConfig,
     checkpoint: Path,
@@ -84,11 +91,15 @@ def train(
 ) -> Trained:
     """Train with AdamW and keep a moving average of the weights.
 
-    Batches and noise depend on the seed and the step only, so a training that was continued equals one that was not.
+    Batches and noise depend on the seed, the step and the worker only, so a training that was continued equals one
+    that was not. With several workers every one computes the gradient of its part of the batch on one core: threads
+    inside an operation wait for each other thousands of times per step, which is slow on a machine that does other
+    work as well.
 
     Args:
         model: Trained in place.
-        loss: Draws a batch with the generator and returns a scalar; runs under autocast.
+        loss: Draws a batch of a size with the generator and returns the mean loss; runs under autocast, in several
+            threads at a time if there are several workers, so all its randomness must come from the generator.
         validate: Metrics of the averaged model on held-out data, ``loss`` among them.
         config: Hyper-parameters.
         checkpoint: File to write, and to continue from if it is there.
@@ -116,28 +127,39 @@ def train(
         done = step if config.steps is not None else (earlier_s + time.monotonic() - started) / 60.0
         return min(1.0, done / total)
 
-    recent: list[float] = []
+    parameters = list(model.parameters())
     kind = torch.device(config.device).type
-    with tqdm(total=100, mininterval=2.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+    if config.workers > 1:
+        torch.set_num_threads(1)
+
+    def gradient(worker: int) -> tuple[float, Sequence[Tensor]]:
+        rng = np.random.default_rng((config.seed, step, worker))
+        with torch.autocast(kind, torch.bfloat16, enabled=config.bfloat16):
+            value = loss(model, rng, config.batch_size // config.workers)
+        return value.item(), torch.autograd.grad(value, parameters)
+
+    recent: list[float] = []
+    with (
+        ThreadPoolExecutor(config.workers) as pool,
+        tqdm(total=100, mininterval=2.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar,
+    ):
         while (fraction := progress()) < 1.0:
             model.train()
             scale = 0.5 * (1.0 + math.cos(math.pi * fraction)) if config.schedule == "cosine" else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * scale * min(1.0, (step + 1) / config.warmup_steps)
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            with torch.autocast(kind, torch.bfloat16, enabled=config.bfloat16):
-                value = loss(model, np.random.default_rng((config.seed, step)))
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
+            losses, gradients = zip(*pool.map(gradient, range(config.workers)), strict=True)
+            for parameter, *parts in zip(parameters, *gradients, strict=True):
+                parameter.grad = sum(parts) / config.workers
+            norm = nn.utils.clip_grad_norm_(parameters, config.gradient_norm)
             if not torch.isfinite(norm):
-                raise FloatingPointError(f"step {step}: loss {value.item()}, gradient norm {norm.item()}")
+                raise FloatingPointError(f"step {step}: losses {losses}, gradient norm {norm.item()}")
             optimizer.step()
             step += 1
             decay = min(config.average_decay, (1 + step) / (10 + step))
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
-            recent.append(value.item())
+                torch._foreach_lerp_(list(average.parameters()), parameters, 1.0 - decay)
+            recent.append(float(np.mean(losses)))
             if step % config.validate_every == 0 or progress() >= 1.0:
                 with torch.inference_mode():
                     metrics = dict(validate(average))

@@ -113,8 +113,8 @@ def train_head(
             tensors, torch.tensor(state, device=device), language[data.task[frames]].to(device)
         )
 
-    def loss(model: CompactHead, rng: np.random.Generator) -> Tensor:
-        batch = rng.choice(training, loop.batch_size)
+    def loss(model: CompactHead, rng: np.random.Generator, size: int) -> Tensor:
+        batch = rng.choice(training, size)
         encoded = features(model, batch, augmentation, rng).repeat(DRAWS, 1)
         frames = np.tile(batch, DRAWS)
         k = rng.integers(0, np.minimum(horizon, frames - data.start[frames] + 1))

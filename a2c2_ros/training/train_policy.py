@@ -76,20 +76,19 @@ def train_policy(
     network = FlowNetwork(config)
     normalise(network, data, training, language)
 
-    def loss(model: FlowNetwork, rng: np.random.Generator) -> Tensor:
-        batch = rng.choice(training, loop.batch_size)
+    def loss(model: FlowNetwork, rng: np.random.Generator, size: int) -> Tensor:
+        batch = rng.choice(training, size)
         chunks, weights, objects = targets(data, model, batch)
         latent = encode(data, model, batch, language, augmentation, rng)
-        flow = flow_loss(model, latent, chunks, weights, DRAWS)
+        flow = flow_loss(model, latent, chunks, weights, rng)
         if model.objects is None:
             return flow
         return flow + OBJECTS_WEIGHT * (model.objects(latent) - objects).abs().mean()
 
     def validate(model: FlowNetwork) -> dict[str, float]:
         latent = encode_all(data, model, validation, language)
-        torch.manual_seed(0)
         chunks, weights, _ = targets(data, model, validation)
-        metrics = {"loss": flow_loss(model, latent, chunks, weights, DRAWS).item()}
+        metrics = {"loss": flow_loss(model, latent, chunks, weights, np.random.default_rng(0)).item()}
         return metrics | chunk_error(data, model, latent, validation)
 
     origin = f"flow policy {fingerprint(config)} on data {data.data_hash[:12]} seed {loop.seed}"
@@ -126,7 +125,7 @@ def train_policy(
     return written
 
 
-def flow_loss(model: FlowNetwork, latent: Tensor, chunks: Tensor, weights: Tensor, draws: int) -> Tensor:
+def flow_loss(model: FlowNetwork, latent: Tensor, chunks: Tensor, weights: Tensor, rng: np.random.Generator) -> Tensor:
     """Flow-matching loss: the velocity's squared error weighted by (1 - t)², that is the clean chunk's squared error.
 
     Args:
@@ -134,10 +133,11 @@ def flow_loss(model: FlowNetwork, latent: Tensor, chunks: Tensor, weights: Tenso
         latent: (B, Z).
         chunks: (B, H * A) normalised expert chunks.
         weights: (B, H * A) of the loss.
-        draws: Pairs of noise and flow time per row.
+        rng: Draws ``DRAWS`` pairs of noise and flow time per row.
     """
-    latent, chunks, weights = (x.repeat(draws, 1) for x in (latent, chunks, weights))
-    noise, t = torch.randn_like(chunks), torch.rand(len(chunks), device=chunks.device)
+    latent, chunks, weights = (x.repeat(DRAWS, 1) for x in (latent, chunks, weights))
+    noise = torch.tensor(rng.standard_normal(chunks.shape, dtype=np.float32), device=chunks.device)
+    t = torch.tensor(rng.random(len(chunks), dtype=np.float32), device=chunks.device)
     x = (1.0 - t)[:, None] * noise + t[:, None] * chunks
     error = (model.decoder(x, t, latent) - chunks).float().square()
     return (error * weights).sum() / weights.sum()
