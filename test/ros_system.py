@@ -38,9 +38,10 @@ class System:
     def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
-            if time.monotonic() > deadline:
+            died = [node for node, process in self._processes.items() if process.poll()]
+            if died or time.monotonic() > deadline:
                 logs = "\n".join(f"== {node}\n{self.log(node)}" for node in self._processes)
-                raise AssertionError(f"{what} did not happen within {timeout_s} s\n{logs}")
+                raise AssertionError(f"{what} did not happen within {timeout_s} s, died: {died}\n{logs}")
             time.sleep(0.05)
 
     def wait_for_log(self, node: str, text: str) -> None:

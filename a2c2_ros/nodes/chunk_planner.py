@@ -38,7 +38,7 @@ class ChunkPlanner(ManagedNode):
         self._log = EdgeLog(self)
         self._policy = None
         self._schedule: PlannerSchedule | None = None
-        self._parameters = NodeParameters(self, PlannerConfig(), lambda candidate: None, self._apply)
+        self._settings = NodeParameters(self, PlannerConfig(), lambda candidate: None, self._apply)
         self._worker: ThreadPoolExecutor | None = None
         self._source: ObservationSource | None = None
         self._running: tuple[ChunkRequest, Future] | None = None
@@ -48,11 +48,11 @@ class ChunkPlanner(ManagedNode):
         self._answered_ns = 0
         self._published_ns = 0
         self._chunk_ids = count(1)
-        if self._parameters.value.autostart:
+        if self._settings.value.autostart:
             self.autostart()
 
     def configure(self) -> None:
-        config = self._parameters.value
+        config = self._settings.value
         self._profile = load_profile(config.robot)
         self._policy = load_policy(config.policy, str(model_path(config.policy_path)), threads=1)
         robot, policy = self._profile.robot, self._policy
@@ -83,7 +83,7 @@ class ChunkPlanner(ManagedNode):
             String, "instruction", self._on_instruction, latched_qos(1)
         )
         self._source = ObservationSource(
-            self, self._profile, self._parameters.value.lockstep, self._log, self._on_sample
+            self, self._profile, self._settings.value.lockstep, self._log, self._on_sample
         )
 
     def deactivate(self) -> None:
@@ -128,7 +128,7 @@ class ChunkPlanner(ManagedNode):
             return
         # Slot 0 starts with the oldest of the inputs: no part of the chunk may be newer than it claims.
         stamp_ns = min(observation.stamps_ns.values())
-        if self._parameters.value.lockstep:
+        if self._settings.value.lockstep:
             if not observation.synchronous_at(stamp_ns, streams):
                 return
             if stamp_ns == self._answered_ns:
@@ -148,7 +148,7 @@ class ChunkPlanner(ManagedNode):
 
     def _pump(self) -> None:
         """Publish what is due, start what is wanted, answer the newest observation; called on every event."""
-        stamp_ns, lockstep = self._to_answer_ns, self._parameters.value.lockstep
+        stamp_ns, lockstep = self._to_answer_ns, self._settings.value.lockstep
         if stamp_ns is None or self._worker is None:
             return
         if self._waits_for_chunk(stamp_ns, lockstep):
@@ -205,7 +205,7 @@ class ChunkPlanner(ManagedNode):
         chunk = ActionChunk(
             chunk_id=next(self._chunk_ids),
             t_obs_ns=request.t_obs_ns,
-            step_ns=self._parameters.value.step_ns,
+            step_ns=self._settings.value.step_ns,
             actions=output.actions,
             action_names=robot.action_names,
             latent=output.latent,

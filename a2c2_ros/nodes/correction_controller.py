@@ -33,7 +33,7 @@ class CorrectionController(ManagedNode):
         self._profile = None
         self._loop: CorrectionLoop | None = None
         self._candidate_head: tuple[str, OnnxHead] | None = None
-        self._parameters = NodeParameters(self, ControllerConfig(), self._validate, self._apply)
+        self._settings = NodeParameters(self, ControllerConfig(), self._validate, self._apply)
         self._timer = None
         self._due: Tick | None = None
         self._postponed = 0
@@ -41,11 +41,11 @@ class CorrectionController(ManagedNode):
         self._status: PlannerStatus | None = None
         self._newest_chunk_ns = 0
         self._state: State | None = None
-        if self._parameters.value.autostart:
+        if self._settings.value.autostart:
             self.autostart()
 
     def configure(self) -> None:
-        config = self._parameters.value
+        config = self._settings.value
         self._profile = load_profile(config.robot)
         head = self._load_head(config)
         self._loop = CorrectionLoop(config, self._profile.robot, head)
@@ -60,7 +60,7 @@ class CorrectionController(ManagedNode):
         )
 
     def activate(self) -> None:
-        config = self._parameters.value
+        config = self._settings.value
         assert self.get_clock().clock_type == ClockType.ROS_TIME
         self._source = ObservationSource(self, self._profile, config.lockstep, self._log, self._run_if_ready)
         self._chunk_subscription = self.create_subscription(
@@ -137,7 +137,7 @@ class CorrectionController(ManagedNode):
     def _now_ns(self) -> int:
         """Time on the ROS clock; in lockstep sensor data may be ahead of ``/clock`` by the transport."""
         now = self.get_clock().now().nanoseconds
-        if self._parameters.value.lockstep:
+        if self._settings.value.lockstep:
             now = max(now, *self._source.snapshot().stamps_ns.values(), 0)
         return now
 
@@ -163,7 +163,7 @@ class CorrectionController(ManagedNode):
         if tick is None:
             return
         observation = self._source.snapshot()
-        if self._parameters.value.lockstep:
+        if self._settings.value.lockstep:
             status = self._status
             if (
                 status is None
@@ -180,7 +180,7 @@ class CorrectionController(ManagedNode):
         period_error_ns = 0
         missed, self._postponed = tick.missed + self._postponed, 0
         if self._last_run_ns is not None:
-            period_error_ns = started_ns - self._last_run_ns - (missed + 1) * self._parameters.value.period_ns
+            period_error_ns = started_ns - self._last_run_ns - (missed + 1) * self._settings.value.period_ns
         self._last_run_ns = started_ns
         self._step_publisher.publish(step_to_message(step, self._stream_names, period_error_ns, missed))
         self._log_edge(step)

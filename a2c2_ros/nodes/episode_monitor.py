@@ -98,8 +98,8 @@ class EpisodeMonitor(PlainNode):
 
     def __init__(self) -> None:
         super().__init__("episode_monitor")
-        self._parameters = NodeParameters(self, MonitorConfig(), lambda candidate: None, lambda config: None)
-        config = self._parameters.value
+        self._settings = NodeParameters(self, MonitorConfig(), lambda candidate: None, lambda config: None)
+        config = self._settings.value
         self._log = EdgeLog(self)
         self._console = Console(width=160, soft_wrap=True)
         self._profile = load_profile(config.robot)
@@ -127,7 +127,7 @@ class EpisodeMonitor(PlainNode):
         """Write what there is; the node is about to be destroyed."""
         self._close_video()
         self._console.print(self._write_summary())
-        if not self._parameters.value.headless:
+        if not self._settings.value.headless:
             cv2.destroyAllWindows()
 
     def _on_image(self, camera, message: Image) -> None:
@@ -215,7 +215,7 @@ class EpisodeMonitor(PlainNode):
 
     def _write_summary(self) -> str:
         """Write ``summary.json``; returns the result in one line."""
-        config = asdict(self._parameters.value)
+        config = asdict(self._settings.value)
         del config["headless"], config["robot"], config["out"]
         finished = [row for row in self._rows if row["result"] != "aborted"]
         summary = config | {
@@ -251,7 +251,7 @@ class EpisodeMonitor(PlainNode):
             path = self._out / f"episode{started.episode:03d}_task{started.task}.mp4"
             self._video = VideoWriter(path, rate_hz=20)
         self._video.add(frame)
-        if not self._parameters.value.headless:
+        if not self._settings.value.headless:
             cv2.imshow("a2c2_ros", frame[:, :, ::-1])
             cv2.waitKey(1)
 

@@ -70,8 +70,8 @@ class LiberoSim(PlainNode):
 
     def __init__(self) -> None:
         super().__init__("libero_sim")
-        self._parameters = NodeParameters(self, SimConfig(), lambda candidate: None, lambda config: None)
-        config = self._parameters.value
+        self._settings = NodeParameters(self, SimConfig(), lambda candidate: None, lambda config: None)
+        config = self._settings.value
         self._profile = load_profile(config.robot)
         self._changed = threading.Condition()
         self._commands: dict[int, np.ndarray] = {}
@@ -170,7 +170,7 @@ class LiberoSim(PlainNode):
     def _run_episodes(self) -> None:
         from a2c2_ros.sim.libero_env import LiberoEnv  # slow to import; the node answers meanwhile
 
-        config = self._parameters.value
+        config = self._settings.value
         env: LiberoEnv | None = None
         episode, start_ns = 0, conventions.STEP_NS
         try:
@@ -208,7 +208,7 @@ class LiberoSim(PlainNode):
 
     def _announce_instruction(self, instruction: str, *, first: bool) -> None:
         """Publish the instruction; in lockstep, wait until the planner uses it."""
-        config = self._parameters.value
+        config = self._settings.value
         self._planner_instruction = None
         self._instruction.publish(String(data=instruction))
         if not config.lockstep:
@@ -226,7 +226,7 @@ class LiberoSim(PlainNode):
 
     def _run_lockstep(self, env, observation: dict[str, np.ndarray], status: EpisodeStatus, start_ns: int) -> int:
         """One episode in lockstep from simulated time ``start_ns``; returns its end [ns]."""
-        config = self._parameters.value
+        config = self._settings.value
         now_ns = start_ns
         self._publish_phase(status, EpisodeStatus.STARTED, now_ns)
         gripper = conventions.GRIPPER_OPEN
@@ -263,7 +263,7 @@ class LiberoSim(PlainNode):
 
     def _run_real_time(self, env, observation: dict[str, np.ndarray], status: EpisodeStatus, _: int) -> int:
         """One episode on the system clock; it starts when the first chunk is there. Returns its end [ns]."""
-        config = self._parameters.value
+        config = self._settings.value
         start_ns = self.get_clock().now().nanoseconds
         limit_s = config.start_timeout_s if status.episode == 0 else config.lockstep_timeout_s
         deadline = time.monotonic() + limit_s

@@ -159,6 +159,8 @@ def assemble(out: Path, parts: Sequence[Path]) -> None:
         robot_type="panda",
         rgb_encoder=RGBEncoderConfig(vcodec="h264", crf=18, g=2, preset="veryfast"),
         streaming_encoding=True,
+        # A frame that waits longer than 0.1 s for a place in the queue is dropped: the queue takes a whole episode.
+        encoder_queue_maxsize=conventions.MAX_STEPS + 1,
     )
     for path in tqdm(parts, unit="episode", desc="assemble"):
         with np.load(path, allow_pickle=False) as part:
@@ -168,8 +170,27 @@ def assemble(out: Path, parts: Sequence[Path]) -> None:
             dataset.add_frame({name: values[index] for name, values in frames.items()} | {"task": instruction})
         dataset.save_episode()
     dataset.finalize()
+    check_videos(partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
+
+
+def check_videos(root: Path) -> None:
+    """Check that every episode has as many frames in each video as it has steps.
+
+    Raises:
+        A2C2Error: Naming the episode, the camera and both numbers.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+
+    for row in LeRobotDatasetMetadata(f"a2c2_ros/{root.name}", root=root).episodes:
+        for name in conventions.CAMERAS:
+            key = f"videos/observation.images.{name}"
+            frames = round((row[f"{key}/to_timestamp"] - row[f"{key}/from_timestamp"]) * conventions.CONTROL_RATE_HZ)
+            if frames != row["length"]:
+                raise A2C2Error(
+                    f"episode {row['episode_index']}: {frames} frames in the video of {name}, {row['length']} steps"
+                )
 
 
 def parser() -> argparse.ArgumentParser:
