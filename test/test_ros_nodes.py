@@ -16,6 +16,7 @@ from rclpy.parameter_client import AsyncParameterClient
 from std_msgs.msg import String
 
 from a2c2_ros.core.manifest import MANIFEST_KEY
+from a2c2_ros.core.safety import Reason
 from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state, array_to_pose, to_duration, to_time
 from a2c2_ros.nodes.runtime import latched_qos, reliable_qos, sensor_qos
 from a2c2_ros.paths import model_path
@@ -101,10 +102,15 @@ class Bench:
             ParameterType.PARAMETER_STRING: value.string_value,
         }[value.type]
 
-    def wait_for_state(self, state, since=None):
-        since = len(self.steps) if since is None else since
-        self.spin_until(lambda: any(s.state == state for s in self.steps[since:]), f"state {state}")
-        return next(s for s in self.steps[since:] if s.state == state)
+    def wait_for_state(self, state, reason=None):
+        """The next step in this state, for this reason if one is given."""
+        since = len(self.steps)
+
+        def found():
+            return next((s for s in self.steps[since:] if s.state == state and reason in (None, s.reason)), None)
+
+        self.spin_until(lambda: found() is not None, f"state {state}")
+        return found()
 
     def close(self):
         codes = self.system.close()
@@ -137,7 +143,7 @@ def test_planner_parameters_over_the_services(bench):
         ("inference_delay", 41, ("H=50", "e=40", "d=41", "d <= e")),
         ("execution_horizon", 46, ("H=50", "e=46", "d=5", "e + d <= H")),
         ("execution_horizon", 0, ("execution_horizon", "0")),
-        ("execution_horizon", "ten", ("execution_horizon", "type")),
+        ("execution_horizon", "ten", ("execution_horizon", "'ten'", "int")),
         ("policy_path", "elsewhere", ("policy_path", "read-only")),
     ):
         accepted, reason = bench.set_parameter("chunk_planner", name, value)
@@ -180,7 +186,7 @@ def test_controller_parameters_and_bad_data(bench, manifest, tmp_path):
     for name, value, words in (
         ("correction.model_path", str(tmp_path / "missing.onnx"), ("missing.onnx", "does not exist")),
         ("correction.model_path", str(garbage), ("garbage.onnx", "cannot be loaded")),
-        ("correction.enabled", "yes", ("correction.enabled", "type")),
+        ("correction.enabled", "yes", ("correction.enabled", "'yes'", "bool")),
         ("residual_limit", -1.0, ("residual_limit", "-1")),
     ):
         accepted, reason = bench.set_parameter("correction_controller", name, value)
@@ -197,7 +203,7 @@ def test_controller_parameters_and_bad_data(bench, manifest, tmp_path):
     bench.wait_for_state(ControlStep.RUNNING)
 
     bench.chunk(manifest, policy_id="another-policy")
-    mismatch = bench.wait_for_state(ControlStep.HOLDING)
+    mismatch = bench.wait_for_state(ControlStep.HOLDING, Reason.HEAD_MISMATCH)
     assert "policy_id" in mismatch.detail and "another-policy" in mismatch.detail
 
     since = len(bench.steps)

@@ -189,9 +189,12 @@ class CorrectionController(ManagedNode):
         if step.state == self._state:
             return
         self._state = step.state
-        log = self.get_logger().warning if step.state >= State.HOLDING else self.get_logger().info
-        detail = f" ({step.detail})" if step.detail else ""
-        log(f"{step.state.name}: {step.reason.name}{detail}")
+        text = f"{step.state.name}: {step.reason.name}" + (f" ({step.detail})" if step.detail else "")
+        # rclpy ties a severity to the line that logs: one line for both raises.
+        if step.state >= State.HOLDING:
+            self.get_logger().warning(text)
+        else:
+            self.get_logger().info(text)
 
 
 def main(args: list[str] | None = None) -> None:

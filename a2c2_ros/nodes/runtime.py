@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 
 import rclpy
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
@@ -82,7 +82,7 @@ class NodeParameters:
 def _descriptor(item) -> ParameterDescriptor:
     low, high = item.metadata["low"], item.metadata["high"]
     descriptor = ParameterDescriptor(description=item.metadata["description"], read_only=not item.metadata["dynamic"])
-    assert item.default is not MISSING
+    descriptor.dynamic_typing = True  # the parameter set checks the type, with an error that says what is allowed
     if low is not None and high is not None:
         if isinstance(item.default, float):
             descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
