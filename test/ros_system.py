@@ -25,7 +25,8 @@ class System:
         for name, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)
             arguments += ["-p", f"{name.replace('__', '.')}:={text}"]
-        code = f"import sys; from a2c2_ros.nodes.{node} import main; main(sys.argv)"
+        code = "import faulthandler, sys; faulthandler.register(10); "
+        code += f"from a2c2_ros.nodes.{node} import main; main(sys.argv)"
         log = (self._folder / f"{node}.log").open("w")
         environment = os.environ | {"ROS_DOMAIN_ID": str(self.domain_id), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stdout=log, stderr=log)
@@ -51,7 +52,12 @@ class System:
         process = self._processes[node]
         if process.poll() is None:
             process.send_signal(signal_number)
-        return process.wait(timeout=30)
+        try:
+            return process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
+            time.sleep(1.0)
+            raise AssertionError(f"{node} does not end\n{self.log(node)}") from None
 
     def close(self) -> dict[str, int]:
         try:

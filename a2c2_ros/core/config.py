@@ -15,7 +15,7 @@ Config = TypeVar("Config", bound="Parameters")
 def parameter(
     default: Any, description: str, *, low: float | None = None, high: float | None = None, dynamic: bool = True
 ) -> Any:
-    """Declare a parameter: default (its type is the parameter's), description with unit, range, settable at run time."""
+    """Declare a parameter: default (and with it the type), description with unit, range, settable at run time."""
     meta = {"description": description, "low": low, "high": high, "dynamic": dynamic}
     return field(default=default, metadata=meta)
 

@@ -33,7 +33,7 @@ def delay_steps(latency_ns: int, step_ns: int) -> int:
 
 
 def check_timing(horizon: int, execution_horizon: int, inference_delay: int) -> None:
-    """Check H, e and d as one candidate configuration: ``0 <= d <= e``, ``e >= 1`` and ``e + d <= H`` (paper section 2).
+    """Check H, e and d as one candidate: ``0 <= d <= e``, ``e >= 1`` and ``e + d <= H`` (paper section 2).
 
     With e < d the robot would wait for the inference; with e + d > H the chunk would be used up before the next arrives.
 
@@ -44,6 +44,6 @@ def check_timing(horizon: int, execution_horizon: int, inference_delay: int) -> 
     if horizon < 1 or execution_horizon < 1 or inference_delay < 0:
         raise ConfigError(f"{values}: allowed are H >= 1, e >= 1, d >= 0")
     if inference_delay > execution_horizon:
-        raise ConfigError(f"{values}: d <= e is violated, the robot would have to wait for the inference")
+        raise ConfigError(f"{values}: d <= e is violated, the robot would wait for the inference")
     if execution_horizon + inference_delay > horizon:
         raise ConfigError(f"{values}: e + d <= H is violated, the chunk would be used up before the next one arrives")

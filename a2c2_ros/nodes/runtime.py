@@ -1,6 +1,8 @@
 """What every node does alike: start, parameters, life cycle, clean end."""
 
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
@@ -14,9 +16,13 @@ from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
 
 from a2c2_ros.core.config import Config
 from a2c2_ros.core.errors import A2C2Error, ConfigError
+
+SIGNAL_CHECK_S = 0.1
+"""Longest time from a signal to its effect: Python's handlers run only between two waits."""
 
 
 def sensor_qos(lockstep: bool) -> QoSProfile:
@@ -183,18 +189,31 @@ class ManagedNode(LifecycleNode):
 
 
 def run(make_node: Callable[[], Node], args: Sequence[str] | None = None) -> int:
-    """Run a node until Ctrl-C, SIGTERM, the end of the context or ``SystemExit`` from the node.
+    """Run a node until SIGINT (Ctrl-C), SIGTERM, the end of the context or ``SystemExit`` from the node.
+
+    The context stays valid until the node has closed itself, so that it can still send a safe command; rclpy's own
+    signal handlers would end it first. A second signal interrupts at once.
 
     Returns:
-        Exit code: 0 after a clean end, 1 if the node could not start.
+        Exit code: 0 after a clean end, 1 if the node could not start or had to give up.
     """
-    rclpy.init(args=args)
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     node = None
     try:
         node = make_node()
         executor = SingleThreadedExecutor()
         executor.add_node(node)
-        executor.spin()
+        while rclpy.ok() and not stop.is_set():
+            executor.spin_once(timeout_sec=SIGNAL_CHECK_S)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except A2C2Error as error:
