@@ -1,7 +1,7 @@
 """Starts a system without ``ros2 launch``: ``python -m a2c2_ros.bringup libero_sim task:=0 episodes:=2``.
 
-The processes are those of the launch file of the same name. The exit code is 0 if the run ended by itself and every
-node ended well, 1 if one failed or had to be killed, 2 for wrong arguments, 128 + signal after a signal.
+The processes are those of the launch file of the same name. The exit code is 0 if the run ended by itself or
+was asked to (Ctrl-C, SIGTERM) and every node ended well, 1 if one failed or had to be killed, 2 for wrong arguments.
 """
 
 import argparse
@@ -77,8 +77,6 @@ class Supervisor:
             clean = self._shut_down()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if self._signal is not None:
-            return 128 + self._signal
         return int(failed or not clean)
 
     def _on_signal(self, number: int, frame: object) -> None:

@@ -35,7 +35,7 @@ def delay_steps(latency_ns: int, step_ns: int) -> int:
 def check_timing(horizon: int, execution_horizon: int, inference_delay: int) -> None:
     """Check H, e and d as one candidate: ``0 <= d <= e``, ``e >= 1`` and ``e + d <= H`` (paper section 2).
 
-    With e < d the robot would wait for the inference; with e + d > H the chunk would be used up before the next arrives.
+    With e < d the robot would wait for the inference; with e + d > H the chunk would end before the next arrives.
 
     Raises:
         ConfigError: Naming all three values and the rule that they break.
