@@ -90,6 +90,15 @@ def test_observation_keeps_the_newest_and_the_snapshot_does_not_change():
     assert buffer.snapshot().ages_ns(35) == {"joints": 5}
 
 
+def test_a_clock_that_jumped_back_starts_afresh_but_a_late_sample_does_not():
+    buffer = ObservationBuffer(make_robot().streams)
+    buffer.put("joints", 10**10, np.zeros(2))
+    buffer.put("camera", 10**10, np.zeros((4, 4, 3), np.uint8))
+    assert not buffer.put("joints", 10**10 - 10**9, np.ones(2))
+    assert buffer.put("joints", 10**9, np.ones(2))
+    assert buffer.snapshot().stamps_ns == {"joints": 10**9}
+
+
 @given(
     st.lists(st.floats(-5, 5, width=32), min_size=3, max_size=3),
     st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3),

@@ -1,5 +1,7 @@
 """The timing model: the slot that is executed is the time that has passed, whatever happens to the chunks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import NAMES, STEP_NS, make_chunk, make_observation, make_robot
@@ -11,7 +13,7 @@ from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import ChunkError
 from a2c2_ros.core.planner import PlannerSchedule
-from a2c2_ros.core.safety import Reason, State
+from a2c2_ros.core.safety import HoldPolicy, Reason, State
 from a2c2_ros.core.schedule import delay_steps, slot_index
 from a2c2_ros.core.timing import TickGrid
 
@@ -245,6 +247,24 @@ def test_stale_or_future_observations_hold(stamp, reason):
     step = loop.tick(T0, make_observation(stamp))
     assert (step.state, step.reason, step.detail) == (State.HOLDING, reason, "camera")
     assert step.command.tolist() == [0, 0, -1]
+
+
+def test_a_position_hold_stays_where_it_began():
+    robot = dataclasses.replace(
+        make_robot(hold=HoldPolicy("position", 3)), measured_of=lambda values: np.append(values["joints"], 0.0)
+    )
+    loop = CorrectionLoop(ControllerConfig(correction__enabled=False), robot)
+    loop.install(make_chunk(T0, horizon=1), T0)
+    for n, measured in ((1, 0.1), (2, 0.2)):
+        t = T0 + n * STEP_NS
+        observation = make_observation(t)
+        observation.values["joints"][:] = measured
+        assert loop.tick(t, observation).command[0] == pytest.approx(0.1)
+    loop.install(make_chunk(T0 + 3 * STEP_NS, horizon=1, chunk_id=2), T0 + 3 * STEP_NS)
+    assert loop.tick(T0 + 3 * STEP_NS, make_observation(T0 + 3 * STEP_NS)).state == State.BASE_ONLY
+    observation = make_observation(T0 + 4 * STEP_NS)
+    observation.values["joints"][:] = 0.3
+    assert loop.tick(T0 + 4 * STEP_NS, observation).command[0] == pytest.approx(0.3), "held anew"
 
 
 @pytest.mark.parametrize(

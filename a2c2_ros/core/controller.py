@@ -61,6 +61,7 @@ class CorrectionLoop:
         self._monotonic_ns = monotonic_ns
         self._buffer = ChunkBuffer()
         self._previous: np.ndarray | None = None
+        self._hold: np.ndarray | None = None
         self._started = False
         self._checked: tuple[ActionChunk, str] | None = None
         self._first_slot: tuple[ActionChunk | None, int] = (None, -1)
@@ -112,7 +113,7 @@ class CorrectionLoop:
     def reset(self) -> None:
         """Forget chunks and the last command: the clock jumped back, or a new start."""
         self._buffer.clear()
-        self._previous = None
+        self._previous = self._hold = None
         self._started = False
 
     def stop(self) -> np.ndarray | None:
@@ -140,8 +141,12 @@ class CorrectionLoop:
         if step.state not in (State.RUNNING, State.BASE_ONLY):
             command = None
             if step.state != State.WAITING:
-                measured = self._robot.measured_of(observation.values)
-                command = self._robot.hold.command(self._previous, measured)
+                if self._hold is None:  # where holding began: a hold that followed the measurement would sag
+                    measured = self._robot.measured_of(observation.values)
+                    self._hold = self._robot.hold.command(self._previous, measured)
+                command = self._hold
+        else:
+            self._hold = None
         if command is not None:
             command, limit_flags = self._robot.limits.apply(command, self._previous)
             self._previous = command

@@ -7,6 +7,9 @@ import numpy as np
 
 from a2c2_ros.core.errors import ObservationError
 
+CLOCK_JUMP_NS = 1_000_000_000
+"""A stamp that lies further back than this means that the clock jumped back, not that a sample came late."""
+
 
 @dataclass(frozen=True)
 class StreamSpec:
@@ -50,7 +53,7 @@ class ObservationBuffer:
             value: Array of the declared shape and dtype. It is not copied: the caller must not change it later.
 
         Returns:
-            False if a sample at least as new is here already.
+            False if a sample at least as new is here already. If the clock jumped back, everything older is forgotten.
 
         Raises:
             ObservationError: On an unknown stream, a wrong shape or dtype, a value that is not finite or no stamp.
@@ -66,7 +69,10 @@ class ObservationBuffer:
             raise ObservationError(f"stream {stream!r} delivered a value that is not finite")
         if stamp_ns <= 0:
             raise ObservationError(f"stream {stream!r} has stamp {stamp_ns} ns, allowed is a time after 0")
-        if stamp_ns <= self._stamps.get(stream, 0):
+        newest = self._stamps.get(stream, 0)
+        if stamp_ns < newest - CLOCK_JUMP_NS:
+            self.clear()
+        elif stamp_ns <= newest:
             return False
         self._values[stream] = value
         self._stamps[stream] = stamp_ns

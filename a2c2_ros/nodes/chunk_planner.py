@@ -82,9 +82,7 @@ class ChunkPlanner(ManagedNode):
         self._instruction_subscription = self.create_subscription(
             String, "instruction", self._on_instruction, latched_qos(1)
         )
-        self._source = ObservationSource(
-            self, self._profile, self._settings.value.lockstep, self._log, self._on_sample
-        )
+        self._source = ObservationSource(self, self._profile, self._settings.value.lockstep, self._log, self._on_sample)
 
     def deactivate(self) -> None:
         if self._worker is None:

@@ -278,8 +278,6 @@ class LiberoSim(PlainNode):
         gripper = conventions.GRIPPER_OPEN
         next_step = time.monotonic() + conventions.STEP_NS / 1e9
         for step in range(config.max_steps):
-            with self._changed:
-                self._commands.clear()
             self._publish_observation(observation, self.get_clock().now().nanoseconds)
             self._wait(lambda: False, next_step - time.monotonic())
             now = time.monotonic()
@@ -288,6 +286,7 @@ class LiberoSim(PlainNode):
                 return self._publish_phase(status, EpisodeStatus.ABORTED, self.get_clock().now().nanoseconds)
             with self._changed:
                 action = self._commands[max(self._commands)] if self._commands else None
+                self._commands.clear()
             if action is None:
                 status.timeouts += 1
                 action = np.append(np.zeros(conventions.ACTION_DIM - 1), gripper)
