@@ -45,9 +45,6 @@ class System:
                 raise AssertionError(f"{what} did not happen within {timeout_s} s, died: {died}\n{logs}")
             time.sleep(0.05)
 
-    def wait_for_log(self, node: str, text: str) -> None:
-        self.wait_for(lambda: text in self.log(node), f"{text!r} in the log of {node}")
-
     def stop(self, node: str, signal_number: int = signal.SIGTERM) -> int:
         process = self._processes[node]
         if process.poll() is None:

@@ -9,10 +9,14 @@ from ros_system import System
 rclpy = pytest.importorskip("rclpy")
 
 from a2c2_ros.msg import ActionChunk, ControlStep
+from geometry_msgs.msg import PoseStamped
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import ParameterType
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
 from rclpy.parameter_client import AsyncParameterClient
+from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 
 from a2c2_ros.core.manifest import MANIFEST_KEY
@@ -35,9 +39,6 @@ class Bench:
         self.node = rclpy.create_node("bench", context=self.context)
         self.executor = SingleThreadedExecutor(context=self.context)
         self.executor.add_node(self.node)
-        from geometry_msgs.msg import PoseStamped
-        from sensor_msgs.msg import Image, JointState
-
         qos = sensor_qos(lockstep=False)
         self.cameras = {n: self.node.create_publisher(Image, f"{n}/image", qos) for n in conventions.CAMERAS}
         self.joints = self.node.create_publisher(JointState, "joint_states", qos)
@@ -102,6 +103,9 @@ class Bench:
             ParameterType.PARAMETER_STRING: value.string_value,
         }[value.type]
 
+    def wait_for_log(self, node, text):
+        self.spin_until(lambda: text in self.system.log(node), f"{text!r} in the log of {node}")
+
     def wait_for_state(self, state, reason=None):
         """The next step in this state, for this reason if one is given."""
         since = len(self.steps)
@@ -136,7 +140,7 @@ def manifest():
 @pytest.mark.timeout(200)
 def test_planner_parameters_over_the_services(bench):
     bench.system.start("chunk_planner")
-    bench.system.wait_for_log("chunk_planner", "configured")
+    bench.wait_for_log("chunk_planner", "configured")
     assert bench.set_parameter("chunk_planner", "inference_delay", 5) == (True, "")
     assert bench.get_parameter("chunk_planner", "inference_delay") == 5
     for name, value, words in (
@@ -163,12 +167,12 @@ def test_planner_parameters_over_the_services(bench):
 @pytest.mark.timeout(200)
 def test_controller_parameters_and_bad_data(bench, manifest, tmp_path):
     bench.system.start("correction_controller")
-    bench.system.wait_for_log("correction_controller", "configured")
+    bench.wait_for_log("correction_controller", "configured")
     waiting = bench.wait_for_state(ControlStep.WAITING)
     assert len(waiting.command) == 0, "nothing is commanded before the first chunk"
 
     bench.chunk(manifest, actions=[float("nan")] * 350)
-    bench.system.wait_for_log("correction_controller", "not finite")
+    bench.wait_for_log("correction_controller", "not finite")
     bench.chunk(manifest, actions=[0.1] * 349)
     assert bench.wait_for_state(ControlStep.WAITING)
 
@@ -208,10 +212,41 @@ def test_controller_parameters_and_bad_data(bench, manifest, tmp_path):
 
     since = len(bench.steps)
     bench.image = np.zeros((64, 64, 3), np.uint8)
-    bench.system.wait_for_log("correction_controller", "image is 64 x 64 pixels, allowed is 128 x 128")
+    bench.wait_for_log("correction_controller", "image is 64 x 64 pixels, allowed is 128 x 128")
     bench.chunk(manifest)
     bench.spin_until(lambda: any("agentview" in s.detail for s in bench.steps[since:]), "hold for the stale camera")
     assert bench.system.stop("correction_controller", signal.SIGTERM) == 0
+
+
+@pytest.mark.timeout(150)
+def test_life_cycle_starts_stops_and_starts_again(bench, manifest):
+    bench.system.start("correction_controller", autostart=False)
+    client = bench.node.create_client(ChangeState, "correction_controller/change_state")
+    commands = []
+    bench.node.create_subscription(JointState, "joint_command", commands.append, reliable_qos(10))
+
+    def change(transition):
+        bench.spin_until(client.service_is_ready, "service change_state")
+        future = client.call_async(ChangeState.Request(transition=Transition(id=transition)))
+        bench.spin_until(future.done, "change of state")
+        return future.result().success
+
+    assert change(Transition.TRANSITION_CONFIGURE)
+    for _ in range(2):
+        assert change(Transition.TRANSITION_ACTIVATE)
+        bench.chunk(manifest)
+        bench.wait_for_state(ControlStep.RUNNING)
+        assert change(Transition.TRANSITION_DEACTIVATE)
+        bench.spin_until(lambda: commands and not np.any(commands[-1].position[:6]), "a last command without motion")
+        ticks = bench.steps[-1].tick
+        end = bench.now_ns() + 300_000_000
+        bench.spin_until(lambda end=end: bench.now_ns() > end, "six periods")
+        assert bench.steps[-1].tick == ticks, "no tick while inactive"
+    assert change(Transition.TRANSITION_CLEANUP)
+    assert change(Transition.TRANSITION_CONFIGURE)
+    seen = len(bench.steps)
+    assert change(Transition.TRANSITION_ACTIVATE)
+    bench.spin_until(lambda: len(bench.steps) > seen, "ticks of the new configuration")
 
 
 @pytest.mark.timeout(100)

@@ -48,6 +48,9 @@ class ChunkPlanner(ManagedNode):
         self._answered_ns = 0
         self._published_ns = 0
         self._chunk_ids = count(1)
+        self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", latched_qos(2))
+        self._status_publisher = self.create_publisher(PlannerStatus, "planner_status", reliable_qos(10))
+        self._result_ready = self.create_guard_condition(self._pump)
         if self._settings.value.autostart:
             self.autostart()
 
@@ -68,9 +71,6 @@ class ChunkPlanner(ManagedNode):
                     f"policy {policy.policy_id} does not fit: {name} is {mine!r}, the policy needs {theirs!r}"
                 )
         self._schedule = PlannerSchedule(config)
-        self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", latched_qos(2))
-        self._status_publisher = self.create_publisher(PlannerStatus, "planner_status", reliable_qos(10))
-        self._result_ready = self.create_guard_condition(self._pump)
         self._warm_up()
         self.get_logger().info(
             f"configured: policy {policy.policy_id}, H={policy.horizon}, e={config.execution_horizon}, "

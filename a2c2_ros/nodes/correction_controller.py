@@ -10,7 +10,7 @@ from a2c2_ros.core.errors import ChunkError
 from a2c2_ros.core.safety import State
 from a2c2_ros.core.timing import Tick, TickGrid
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.drivers.sinks import make_sink
+from a2c2_ros.drivers.sinks import Sink, make_sink
 from a2c2_ros.heads.onnx_head import OnnxHead
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import ControlStep as ControlStepMsg
@@ -34,6 +34,7 @@ class CorrectionController(ManagedNode):
         self._loop: CorrectionLoop | None = None
         self._candidate_head: tuple[str, OnnxHead] | None = None
         self._settings = NodeParameters(self, ControllerConfig(), self._validate, self._apply)
+        self._send: Sink | None = None
         self._timer = None
         self._due: Tick | None = None
         self._postponed = 0
@@ -50,8 +51,9 @@ class CorrectionController(ManagedNode):
         head = self._load_head(config)
         self._loop = CorrectionLoop(config, self._profile.robot, head)
         self._grid = TickGrid(config.period_ns)
-        self._send = make_sink(self, self._profile)
-        self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
+        if self._send is None:  # the robot cannot change: what was made once serves every configuration
+            self._send = make_sink(self, self._profile)
+            self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
         self._stream_names = tuple(self._profile.robot.streams)
         clock = "simulated" if self.get_clock().ros_time_is_active else "system"
         self.get_logger().info(

@@ -86,7 +86,7 @@ class Augmentation:
         gain = np.uint16(round(128 * (1.0 + rng.uniform(-self.brightness, self.brightness))))
         rows = image[np.clip(np.arange(size) + dy, 0, size - 1)]
         shifted = np.empty_like(rows)
-        # Slices and 16-bit integers (255 * 256 fits) instead of column indices and floats: this runs 128 times per step.
+        # Slices and 16-bit integers (255 * 256 fits) instead of indices and floats: this runs 128 times per step.
         low, high = max(0, -dx), size - max(0, dx)
         shifted[:, low:high] = rows[:, low + dx : high + dx]
         shifted[:, :low] = rows[:, :1]

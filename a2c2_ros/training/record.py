@@ -2,10 +2,7 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,17 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-VERSIONS_OF = ("torch", "numpy", "lerobot", "onnx", "onnxruntime")
+from a2c2_ros import provenance
 
 
 def write_record(path: str | Path, record: Mapping[str, object]) -> None:
     """Write ``training.json``: the given facts and where they come from (platform, processors, versions)."""
-    machine = {"platform": platform.platform(), "processors": os.cpu_count(), "torch_threads": torch.get_num_threads()}
+    machine = {**provenance.machine(), "torch_threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
-    versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in VERSIONS_OF}
-    record = {**record, "machine": machine, "versions": versions}
+    record = {**record, "machine": machine, "versions": provenance.versions()}
     Path(path).write_text(json.dumps(record, indent=1, default=_plain) + "\n")
 
 

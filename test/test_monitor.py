@@ -1,0 +1,67 @@
+"""What a person gets of a run: the summary's keys and numbers, the pictures and the video."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+av = pytest.importorskip("av")
+
+from a2c2_ros.msg import ControlStep
+
+from a2c2_ros.evaluation.overlay import BASE_COLOUR, COMMAND_COLOUR, VideoWriter, draw_frame
+from a2c2_ros.nodes.conversions import to_time
+from a2c2_ros.nodes.episode_monitor import Statistics, summarise
+
+
+def test_statistics_of_control_steps():
+    statistics = Statistics()
+    for episode in range(2):
+        statistics.new_episode()
+        for n in range(10):
+            chunk = n // 5
+            step = ControlStep(state=ControlStep.RUNNING if n else ControlStep.BASE_ONLY, slot=n, missed_ticks=n == 3)
+            step.chunk_stamp = to_time((100 * episode + chunk + 1) * 10**9)
+            step.chunk_delay_steps = float(chunk * 4)
+            step.period_error_s = -0.002 if n == 5 else 0.001
+            step.head_time_s = 0.003 if n else 0.0
+            statistics.add(step)
+    result = summarise(statistics)
+    assert result == {
+        "ticks": 20,
+        "missed_ticks": 2,
+        "period_error_ms_p50": 1.0,
+        "period_error_ms_p99": 2.0,
+        "head_ms_p50": 3.0,
+        "head_ms_p99": 3.0,
+        "chunk_delay_steps_p50": 4.0,
+        "states": {"base_only": 2, "running": 18},
+    }, "the first chunk of an episode is waited for and does not count as a delay"
+
+
+def test_nothing_measured_is_none_and_not_zero():
+    result = summarise(Statistics())
+    assert result["ticks"] == 0
+    assert result["head_ms_p50"] is result["chunk_delay_steps_p50"] is result["period_error_ms_p99"] is None
+
+
+def test_frame_shows_base_and_executed_action():
+    images = [np.zeros((128, 128, 3), np.uint8)] * 2
+    frame = draw_frame(images, ("x", "y"), np.array([1.0, 0.0]), np.array([-1.0, 0.0]), ["line"])
+    assert frame.shape == (256, 768, 3)
+    centre = (64 + 246) // 2 + 512
+    base = (frame == BASE_COLOUR).all(axis=2)
+    command = (frame == COMMAND_COLOUR).all(axis=2)
+    assert base[:, centre + 5 :].sum() > 100 and not base[:, : centre - 5].any(), "to the right"
+    assert command[:, : centre - 5].sum() > 100 and not command[:, centre + 5 :].any(), "to the left"
+
+
+def test_video_appears_when_it_is_closed(tmp_path):
+    path = tmp_path / "episode.mp4"
+    writer = VideoWriter(path, rate_hz=20)
+    for level in (0, 80, 160, 240):
+        writer.add(np.full((64, 96, 3), level, np.uint8))
+    assert not path.exists()
+    writer.close()
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24").mean() for frame in container.decode(video=0)]
+    assert frames == pytest.approx([0, 80, 160, 240], abs=6)
