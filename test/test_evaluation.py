@@ -11,6 +11,7 @@ from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.evaluation import libero
+from a2c2_ros.evaluation.report import success_table
 from a2c2_ros.evaluation.rollout import run_episode
 from a2c2_ros.evaluation.statistics import wilson_interval
 from a2c2_ros.jobs import run_jobs
@@ -146,3 +147,18 @@ def test_jobs_that_fail_do_not_stop_the_others(tmp_path):
     assert run_jobs(jobs, 2, tmp_path, lambda: polls.append(1)) == ["b"]
     assert (tmp_path / "c.log").read_text() == "c\n"
     assert polls
+
+
+def test_report_lists_cells_in_order():
+    def result(method, horizon, delay, successes):
+        counts = {"successes": successes, "episodes": 10, "exceptions": 0, "wilson_95": wilson_interval(successes, 10)}
+        return {"method": method, "horizon": horizon, "delay": delay, "total": counts, "per_task": {"0": counts}}
+
+    lines = success_table([result("a2c2", 40, 10, 8), result("naive", 40, 10, 0), result("naive", 10, 0, 9)]).split(
+        "\n"
+    )
+    assert lines[2:] == [
+        "| naive | 10 | 0 | 9/10 | 60% to 98% | 9/10 |",
+        "| naive | 40 | 10 | 0/10 | 0% to 28% | 0/10 |",
+        "| a2c2 | 40 | 10 | 8/10 | 49% to 94% | 8/10 |",
+    ]
