@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,7 +90,12 @@ def test_rollout_hands_chunks_over_when_they_are_due():
 
 
 def make_args(out, *extra):
-    return libero.parser().parse_args(["--out", str(out), "--episodes", "2", *extra])
+    policy = out.parent / "policy"
+    policy.mkdir(exist_ok=True)
+    (policy / "config.json").write_text('{"policy_id": "p1", "horizon": 50}')
+    (out.parent / "head.onnx").write_bytes(b"weights")
+    files = ["--policy", str(policy), "--head", str(out.parent / "head.onnx")]
+    return libero.parser().parse_args(["--out", str(out), "--episodes", "2", *files, *extra])
 
 
 def test_exceptions_are_counted_apart_from_failures(tmp_path):
@@ -121,6 +127,11 @@ def test_an_evaluation_of_other_settings_is_not_continued(tmp_path):
     libero.check_settings(make_args(out))
     with pytest.raises(ConfigError, match="delay: there 10, here 5"):
         libero.check_settings(make_args(out, "--delay", "5"))
+    args = make_args(out)
+    args.head = str(tmp_path / "other.onnx")
+    Path(args.head).write_bytes(b"other weights")
+    with pytest.raises(ConfigError, match="head_sha256"):
+        libero.check_settings(args)
 
 
 @pytest.mark.parametrize(

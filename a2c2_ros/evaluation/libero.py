@@ -5,6 +5,7 @@ time and continues where it was.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -184,7 +185,7 @@ def summarise(args: argparse.Namespace, tasks: Sequence[int], episodes: Sequence
             states[name] = states.get(name, 0) + n
     return {
         "benchmark": conventions.SUITE,
-        **{name: getattr(args, name) for name in SETTINGS},
+        **cell_settings(args),
         "tasks": list(tasks),
         "episodes_per_task": args.episodes,
         "total": counts(episodes),
@@ -199,6 +200,15 @@ def summarise(args: argparse.Namespace, tasks: Sequence[int], episodes: Sequence
     }
 
 
+def cell_settings(args: argparse.Namespace) -> dict[str, object]:
+    """What identifies a cell: the settings and the very weights."""
+    config = json.loads((model_path(args.policy) / "config.json").read_text(encoding="utf-8"))
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"policy_id": config["policy_id"]}
+    if METHODS[args.method]:
+        settings["head_sha256"] = hashlib.sha256(model_path(args.head).read_bytes()).hexdigest()
+    return settings
+
+
 def check_settings(args: argparse.Namespace) -> None:
     """Refuse to continue an evaluation of other settings.
 
@@ -206,7 +216,7 @@ def check_settings(args: argparse.Namespace) -> None:
         ConfigError: Naming the settings that differ.
     """
     path = parts_folder(args.out) / "settings.json"
-    mine = {name: getattr(args, name) for name in SETTINGS}
+    mine = cell_settings(args)
     if path.exists():
         theirs = json.loads(path.read_text())
         wrong = [f"{k}: there {theirs.get(k)!r}, here {v!r}" for k, v in mine.items() if theirs.get(k) != v]
@@ -234,8 +244,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--episodes is {args.episodes}, allowed is 1 to {conventions.N_INITIAL_STATES}")
         horizon = json.loads((model_path(args.policy) / "config.json").read_text())["horizon"]
         planner_config(args, horizon)
-        if METHODS[args.method]:
-            model_path(args.head)
         check_settings(args)
         started = time.monotonic()
         episodes = run_all(args, tasks, argv)
