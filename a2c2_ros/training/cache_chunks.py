@@ -7,6 +7,7 @@ and a head trained on the first view alone would see too small errors.
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,16 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=3, help="one clean, the others augmented (default 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the augmentation and the sampling noise (default 0)")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    parser.add_argument("--workers", type=int, default=1, help="threads, one core each (default 1)")
     arguments = parser.parse_args()
     network = load_network(arguments.policy).to(arguments.device)
     data = load_demonstrations(arguments.data, network.config.cameras)
-    print(cache_chunks(data, network, arguments.data, arguments.views, arguments.seed))
+    print(cache_chunks(data, network, arguments.data, arguments.views, arguments.seed, arguments.workers))
 
 
-def cache_chunks(data: Demonstrations, network: FlowNetwork, root: Path, views: int, seed: int = 0) -> Path:
+def cache_chunks(
+    data: Demonstrations, network: FlowNetwork, root: Path, views: int, seed: int = 0, workers: int = 1
+) -> Path:
     """Compute the missing parts of the cache; a kill loses at most one part.
 
     Returns:
@@ -54,10 +58,14 @@ def cache_chunks(data: Demonstrations, network: FlowNetwork, root: Path, views: 
     description.write_text(json.dumps(facts, indent=1) + "\n")
     language = language_table(data)
     blocks = [(view, first) for view in range(views) for first in range(0, len(data), BLOCK_FRAMES)]
-    for view, first in tqdm(blocks, desc="base chunks", unit="block"):
+    if workers > 1:
+        torch.set_num_threads(1)
+
+    def compute(block: tuple[int, int]) -> None:
+        view, first = block
         path = _block_path(folder, view, first)
         if path.exists():
-            continue
+            return
         indices = np.arange(first, min(first + BLOCK_FRAMES, len(data)))
         actions, latent = _infer(
             data, network, indices, language, Augmentation() if view else None, (seed, view, first)
@@ -65,6 +73,10 @@ def cache_chunks(data: Demonstrations, network: FlowNetwork, root: Path, views: 
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, actions=actions, latent=latent)
         partial.rename(path)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in tqdm(pool.map(compute, blocks), total=len(blocks), desc="base chunks", unit="block"):
+            pass
     return folder
 
 
