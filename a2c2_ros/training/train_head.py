@@ -28,7 +28,6 @@ DEPARTURES = (
     "AdamW 5e-4 with a cosine schedule and a moving average of the weights, instead of 1e-5 constant; fewer steps.",
     "The error is in standard deviations of each action instead of action units.",
     "The frame t+k is drawn uniformly, then k uniformly over the slots whose frame t exists; several k share a frame.",
-    "Base chunks are cached for one clean and several augmented views of each frame.",
 )
 
 
@@ -163,8 +162,15 @@ def train_head(
             "steps": trained.steps,
             "seconds": trained.seconds,
             "history": trained.history,
-            "departures_from_the_paper": DEPARTURES
-            + ((f"mismatch {mismatch}: base chunks of other frames.",) if mismatch else ()),
+            "departures_from_the_paper": [
+                *DEPARTURES,
+                *(
+                    [f"Base chunks of 1 clean and {len(actions) - 1} augmented views per frame."]
+                    if len(actions) > 1
+                    else []
+                ),
+                *([f"{mismatch:.0%} of the base chunks are of another frame of the task."] if mismatch else []),
+            ],
         },
     )
     plot_losses(out / "loss.png", trained.history, "squared error [action standard deviations]")
