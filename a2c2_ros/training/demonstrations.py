@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.state import state_vector
+from a2c2_ros.drivers.profile import STATE_NAMES
 from a2c2_ros.evaluation.libero import parse_numbers
 from a2c2_ros.jobs import run_jobs
 from a2c2_ros.sim import conventions
@@ -40,7 +41,7 @@ FEATURES = {
         }
         for name in conventions.CAMERAS
     },
-    "observation.state": {"dtype": "float32", "shape": (conventions.STATE_DIM,), "names": None},
+    "observation.state": {"dtype": "float32", "shape": (conventions.STATE_DIM,), "names": list(STATE_NAMES)},
     "observation.objects": {"dtype": "float32", "shape": (6,), "names": None},
     "action": {"dtype": "float32", "shape": (conventions.ACTION_DIM,), "names": list(conventions.ACTION_NAMES)},
     "action.executed": {
