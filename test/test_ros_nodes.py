@@ -250,6 +250,27 @@ def test_life_cycle_starts_stops_and_starts_again(bench, manifest):
 
 
 @pytest.mark.timeout(100)
+def test_recorder_writes_a_bag_that_others_read(bench, manifest, tmp_path):
+    from rosbags.highlevel import AnyReader
+
+    bench.system.start("episode_recorder", out=tmp_path / "run")
+    bench.wait_for_log("episode_recorder", "recording")
+    bench.chunk(manifest, chunk_id=7)
+    end = bench.now_ns() + 1_500_000_000
+    bench.spin_until(lambda: bench.now_ns() > end, "a second of sensor data")
+    assert bench.system.stop("episode_recorder") == 0
+    with AnyReader([tmp_path / "run" / "bag"]) as bag:
+        messages = [(c.topic, bag.deserialize(data, c.msgtype)) for c, _, data in bag.messages()]
+    chunks = [message for topic, message in messages if topic == "/action_chunk"]
+    assert [(c.chunk_id, c.horizon, len(c.actions)) for c in chunks] == [(7, 50, 350)]
+    images = [message for topic, message in messages if topic == "/agentview/image"]
+    assert len(images) > 10 and images[-1].data.size == 128 * 128 * 3
+    process = bench.system.start("episode_recorder", out=tmp_path / "run")
+    assert process.wait(timeout=30) == 1
+    assert "is not overwritten" in bench.system.log("episode_recorder")
+
+
+@pytest.mark.timeout(100)
 def test_a_head_that_cannot_be_used_stops_the_start(bench, tmp_path, manifest):
     onnx = pytest.importorskip("onnx")
     import dataclasses

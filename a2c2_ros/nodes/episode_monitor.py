@@ -9,8 +9,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from sensor_msgs.msg import Image
 
 from a2c2_ros.core.config import Parameters, parameter
@@ -28,18 +26,19 @@ RESULTS = {
     EpisodeStatus.FAILED: "failure",
     EpisodeStatus.ABORTED: "aborted",
 }
-COLUMNS = (
-    "episode",
-    "task",
-    "initial state",
-    "result",
-    "steps",
-    "missed",
-    "period error p50/p99 [ms]",
-    "head p50/p99 [ms]",
-    "chunk delay [steps]",
-    "states",
-)
+COLUMNS = {
+    "episode": 7,
+    "task": 4,
+    "state": 5,
+    "result": 7,
+    "steps": 5,
+    "missed": 6,
+    "period error [ms]": 17,
+    "head [ms]": 15,
+    "delay [steps]": 13,
+    "controller states": 24,
+}
+"""Column name to width; times are p50 / p99."""
 IMAGES_KEPT = 400
 LAST_STEP_WAIT_S = 1.0
 
@@ -101,7 +100,6 @@ class EpisodeMonitor(PlainNode):
         self._settings = NodeParameters(self, MonitorConfig(), lambda candidate: None, lambda config: None)
         config = self._settings.value
         self._log = EdgeLog(self)
-        self._console = Console(width=160, soft_wrap=True)
         self._profile = load_profile(config.robot)
         self._out = Path(config.out)
         try:
@@ -121,12 +119,12 @@ class EpisodeMonitor(PlainNode):
             self.create_subscription(Image, camera.topic, partial(self._on_image, camera), sensor_qos(config.lockstep))
         self.create_subscription(ControlStep, "control_step", self._on_step, reliable_qos(1000))
         self.create_subscription(EpisodeStatus, "episode", self._on_episode, latched_qos(10))
-        self._console.print(f"results: {self._out}")
+        print(f"results: {self._out}", flush=True)
 
     def close(self) -> None:
         """Write what there is; the node is about to be destroyed."""
         self._close_video()
-        self._console.print(self._write_summary())
+        print(self._write_summary(), flush=True)
         if not self._settings.value.headless:
             cv2.destroyAllWindows()
 
@@ -177,7 +175,7 @@ class EpisodeMonitor(PlainNode):
         if ended is None:
             return
         self._rows.append(self._row(ended))
-        self._print_table()
+        self._print_row()
         self._write_summary()
         finished = sum(row["result"] != "aborted" for row in self._rows)
         if ended.episodes and finished >= ended.episodes:
@@ -196,22 +194,24 @@ class EpisodeMonitor(PlainNode):
             **summarise(statistics),
         }
 
-    def _print_table(self) -> None:
-        table = Table(*COLUMNS, title=self._rows[-1]["instruction"])
-        for row in self._rows:
-            table.add_row(
-                str(row["episode"]),
-                str(row["task"]),
-                str(row["initial_state"]),
-                f"[{'green' if row['result'] == 'success' else 'red'}]{row['result']}",
-                str(row["steps"]),
-                str(row["missed_ticks"]),
-                f"{_number(row['period_error_ms_p50'])} / {_number(row['period_error_ms_p99'])}",
-                f"{_number(row['head_ms_p50'])} / {_number(row['head_ms_p99'])}",
-                _number(row["chunk_delay_steps_p50"]),
-                " ".join(f"{name} {n}" for name, n in row["states"].items()),
-            )
-        self._console.print(table)
+    def _print_row(self) -> None:
+        """The table grows by a row per episode, which every terminal and log can show."""
+        row = self._rows[-1]
+        cells = (
+            row["episode"],
+            row["task"],
+            row["initial_state"],
+            row["result"],
+            row["steps"],
+            row["missed_ticks"],
+            f"{_number(row['period_error_ms_p50'])} / {_number(row['period_error_ms_p99'])}",
+            f"{_number(row['head_ms_p50'])} / {_number(row['head_ms_p99'])}",
+            _number(row["chunk_delay_steps_p50"]),
+            " ".join(f"{name} {n}" for name, n in row["states"].items()),
+        )
+        if len(self._rows) == 1:
+            print("  ".join(f"{name:>{width}}" for name, width in COLUMNS.items()), flush=True)
+        print("  ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)), flush=True)
 
     def _write_summary(self) -> str:
         """Write ``summary.json``; returns the result in one line."""
