@@ -12,6 +12,34 @@ from pathlib import Path
 TIMEOUT_S = 90.0
 
 
+class Peer:
+    """A node of the test on a system's domain, spun only while the test waits."""
+
+    def __init__(self, system: "System") -> None:
+        import rclpy
+        from rclpy.executors import SingleThreadedExecutor
+
+        self._system = system
+        self._context = rclpy.Context()
+        rclpy.init(context=self._context, domain_id=system.domain_id)
+        self.node = rclpy.create_node("peer", context=self._context)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self.node)
+
+    def spin_until(self, condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
+        def spun() -> bool:
+            self._executor.spin_once(timeout_sec=0.02)
+            return condition()
+
+        self._system.wait_for(spun, what, timeout_s)
+
+    def close(self) -> None:
+        import rclpy
+
+        self.node.destroy_node()
+        rclpy.shutdown(context=self._context)
+
+
 class System:
     """Starts nodes as ``ros2 run`` would, collects their output and ends them."""
 

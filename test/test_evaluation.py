@@ -17,6 +17,7 @@ from a2c2_ros.evaluation.rollout import run_episode
 from a2c2_ros.evaluation.statistics import wilson_interval
 from a2c2_ros.jobs import run_jobs
 from a2c2_ros.policies.base import PolicyOutput
+from a2c2_ros.sim.conventions import parse_numbers
 
 
 @pytest.mark.parametrize(
@@ -33,10 +34,10 @@ def test_wilson_refuses_more_successes_than_trials():
 
 
 def test_lists_of_numbers():
-    assert libero.parse_numbers("0-3,7") == [0, 1, 2, 3, 7]
+    assert parse_numbers("0-3,7") == [0, 1, 2, 3, 7]
     for text in ("", "a", "1-", "-1", "1,,2"):
         with pytest.raises(ConfigError):
-            libero.parse_numbers(text)
+            parse_numbers(text)
 
 
 class CountingEnv:

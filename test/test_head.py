@@ -9,6 +9,8 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from test_flow import CONFIG
+
 from a2c2_ros.core.errors import ConfigError, ManifestError, ObservationError
 from a2c2_ros.core.features import time_feature
 from a2c2_ros.core.head import HeadInput
@@ -16,26 +18,11 @@ from a2c2_ros.core.manifest import MANIFEST_KEY, HeadManifest
 from a2c2_ros.heads import export as export_module
 from a2c2_ros.heads.compact import CompactHead, load_head, save_head
 from a2c2_ros.heads.onnx_head import OnnxHead
-from a2c2_ros.policies.flow import FlowConfig, FlowNetwork
+from a2c2_ros.policies.flow import FlowNetwork
 
 
 def small_head():
-    config = FlowConfig(
-        action_names=("x", "y", "gripper"),
-        state_names=("x", "y"),
-        cameras=("agentview", "wrist"),
-        image_size=32,
-        step_ns=50_000_000,
-        horizon=6,
-        latent_dim=16,
-        language_dim=12,
-        width=32,
-        channels=8,
-        keypoints=8,
-        decoder_width=32,
-        decoder_blocks=1,
-        policy_id="tiny-1",
-    )
+    config = dataclasses.replace(CONFIG, language_dim=12, policy_id="tiny-1")
     torch.manual_seed(0)
     policy = FlowNetwork(config)
     policy.action_std.copy_(torch.tensor([0.5, 0.25, 2.0]))

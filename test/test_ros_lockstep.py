@@ -6,12 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from ros_system import System
+from ros_system import Peer, System
 
-rclpy = pytest.importorskip("rclpy")
+pytest.importorskip("rclpy")
 
 from a2c2_ros.msg import ControlStep
-from rclpy.executors import SingleThreadedExecutor
 
 from a2c2_ros.nodes.runtime import reliable_qos
 
@@ -49,13 +48,9 @@ json.dump(rows, open(sys.argv[1], "w"))
 def test_nodes_over_dds_execute_what_the_evaluation_executes(tmp_path):
     reference = subprocess.Popen([sys.executable, "-c", IN_PROCESS, str(tmp_path / "rows.json")])
     system = System(tmp_path)
-    context = rclpy.Context()
-    rclpy.init(context=context, domain_id=system.domain_id)
-    node = rclpy.create_node("listener", context=context)
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(node)
+    peer = Peer(system)
     steps: list[ControlStep] = []
-    node.create_subscription(ControlStep, "control_step", steps.append, reliable_qos(1000))
+    peer.node.create_subscription(ControlStep, "control_step", steps.append, reliable_qos(1000))
     mode = dict(lockstep=True, use_sim_time=True)
     try:
         system.start("libero_sim", task=TASK, episodes=1, initial_state=STATE, seed=SEED, max_steps=TICKS)
@@ -69,18 +64,13 @@ def test_nodes_over_dds_execute_what_the_evaluation_executes(tmp_path):
         )
         system.start("correction_controller", **mode)
 
-        def finished():
-            executor.spin_once(timeout_sec=0.05)
-            return len(steps) >= TICKS
-
-        system.wait_for(finished, f"{TICKS} control steps", timeout_s=200)
+        peer.spin_until(lambda: len(steps) >= TICKS, f"{TICKS} control steps", timeout_s=200)
         codes = system.close()
         assert reference.wait(timeout=100) == 0
     finally:
         system.close()
         reference.kill()
-        node.destroy_node()
-        rclpy.shutdown(context=context)
+        peer.close()
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(rows) == TICKS
     assert len({tuple(s.chunk_stamp.sec.__repr__() + str(s.chunk_stamp.nanosec)) for s in steps}) >= 4, "several chunks"

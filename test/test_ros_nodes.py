@@ -4,16 +4,15 @@ import signal
 
 import numpy as np
 import pytest
-from ros_system import System
+from ros_system import Peer, System
 
-rclpy = pytest.importorskip("rclpy")
+pytest.importorskip("rclpy")
 
 from a2c2_ros.msg import ActionChunk, ControlStep
 from geometry_msgs.msg import PoseStamped
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import ParameterType
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
 from rclpy.parameter_client import AsyncParameterClient
 from sensor_msgs.msg import Image, JointState
@@ -34,11 +33,8 @@ class Bench:
 
     def __init__(self, folder):
         self.system = System(folder)
-        self.context = rclpy.Context()
-        rclpy.init(context=self.context, domain_id=self.system.domain_id)
-        self.node = rclpy.create_node("bench", context=self.context)
-        self.executor = SingleThreadedExecutor(context=self.context)
-        self.executor.add_node(self.node)
+        self._peer = Peer(self.system)
+        self.node = self._peer.node
         qos = sensor_qos(lockstep=False)
         self.cameras = {n: self.node.create_publisher(Image, f"{n}/image", qos) for n in conventions.CAMERAS}
         self.joints = self.node.create_publisher(JointState, "joint_states", qos)
@@ -78,11 +74,7 @@ class Bench:
         self.chunks.publish(message)
 
     def spin_until(self, condition, what, timeout_s=60.0):
-        def spun():
-            self.executor.spin_once(timeout_sec=0.02)
-            return condition()
-
-        self.system.wait_for(spun, what, timeout_s)
+        self._peer.spin_until(condition, what, timeout_s)
 
     def set_parameter(self, node, name, value):
         """(accepted, reason)"""
@@ -118,8 +110,7 @@ class Bench:
 
     def close(self):
         codes = self.system.close()
-        self.node.destroy_node()
-        rclpy.shutdown(context=self.context)
+        self._peer.close()
         return codes
 
 

@@ -4,13 +4,12 @@ import signal
 
 import numpy as np
 import pytest
-from ros_system import System
+from ros_system import Peer, System
 
-rclpy = pytest.importorskip("rclpy")
+pytest.importorskip("rclpy")
 
 from a2c2_ros.srv import SetTask
 from geometry_msgs.msg import PoseStamped
-from rclpy.executors import SingleThreadedExecutor
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -23,11 +22,7 @@ from a2c2_ros.sim import conventions
 @pytest.mark.timeout(250)
 def test_topics_services_and_a_clean_end(tmp_path):
     system = System(tmp_path)
-    context = rclpy.Context()
-    rclpy.init(context=context, domain_id=system.domain_id)
-    node = rclpy.create_node("listener", context=context)
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(node)
+    peer = Peer(system)
     received = {}
     for name, kind, qos in (
         ("agentview/image", Image, sensor_qos(False)),
@@ -37,25 +32,18 @@ def test_topics_services_and_a_clean_end(tmp_path):
         ("instruction", String, latched_qos(1)),
     ):
         received[name] = []
-        node.create_subscription(kind, name, received[name].append, qos)
-
-    def wait_for(condition, what):
-        def spun():
-            executor.spin_once(timeout_sec=0.02)
-            return condition()
-
-        system.wait_for(spun, what)
+        peer.node.create_subscription(kind, name, received[name].append, qos)
 
     def call(kind, name, request):
-        client = node.create_client(kind, name)
-        wait_for(client.service_is_ready, f"service {name}")
+        client = peer.node.create_client(kind, name)
+        peer.spin_until(client.service_is_ready, f"service {name}")
         future = client.call_async(request)
-        wait_for(future.done, f"answer of {name}")
+        peer.spin_until(future.done, f"answer of {name}")
         return future.result()
 
     try:
         system.start("libero_sim", task=0, lockstep=False, episodes=0)
-        wait_for(lambda: all(received.values()), "a message on every topic")
+        peer.spin_until(lambda: all(received.values()), "a message on every topic")
         image = image_to_array(received["agentview/image"][-1], 128, 128)
         assert image.std() > 20
         assert image_to_array(received["wrist/image"][-1], 128, 128).std() > 20
@@ -69,14 +57,13 @@ def test_topics_services_and_a_clean_end(tmp_path):
         assert (refused.success, refused.message) == (False, "task is 10, allowed are 0 to 9")
         assert not call(SetTask, "libero_sim/set_task", SetTask.Request(task=3, initial_state=50)).success
         assert call(SetTask, "libero_sim/set_task", SetTask.Request(task=3, initial_state=7)).success
-        wait_for(lambda: "on the cookie box" in received["instruction"][-1].data, "the other task's instruction")
+        peer.spin_until(lambda: "on the cookie box" in received["instruction"][-1].data, "the other task's instruction")
         images = len(received["agentview/image"])
-        wait_for(lambda: len(received["agentview/image"]) > images + 3, "images of the other task")
+        peer.spin_until(lambda: len(received["agentview/image"]) > images + 3, "images of the other task")
         assert np.abs(image_to_array(received["agentview/image"][-1], 128, 128).astype(int) - image).max() > 50
         assert call(Trigger, "libero_sim/reset", Trigger.Request()).success
         assert system.stop("libero_sim", signal.SIGINT) == 0
         assert "Traceback" not in system.log("libero_sim")
     finally:
         system.close()
-        node.destroy_node()
-        rclpy.shutdown(context=context)
+        peer.close()

@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.schedule import check_timing
 
+FUTURE_TOLERANCE_S = 0.05
+"""How far a stamp may lie in the future before the clocks of the machines are taken to differ [s]."""
+
 Config = TypeVar("Config", bound="Parameters")
 
 
@@ -140,7 +143,9 @@ class ControllerConfig(Parameters):
         low=0.0,
         high=1e6,
     )
-    future_tolerance_s: float = parameter(0.05, "How far a stamp may lie in the future [s]", low=0.0, high=10.0)
+    future_tolerance_s: float = parameter(
+        FUTURE_TOLERANCE_S, "How far a stamp may lie in the future [s]", low=0.0, high=10.0
+    )
     autostart: bool = parameter(True, "Configure and activate by itself at start", dynamic=False)
 
     @property

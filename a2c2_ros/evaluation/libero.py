@@ -33,21 +33,6 @@ SETTINGS = ("method", "horizon", "delay", "jitter", "seed", "policy", "head", "m
 """What identifies a cell: results of other settings are not continued."""
 
 
-def parse_numbers(text: str) -> list[int]:
-    """``"0-3,7"`` to [0, 1, 2, 3, 7].
-
-    Raises:
-        ConfigError: If the text is not a list of numbers and ranges.
-    """
-    numbers = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or part.endswith("-"):
-            raise ConfigError(f"{text!r} is not a list of numbers, allowed is for example 0-3,7")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -236,10 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.worker_task is not None:
             run_task(args, args.worker_task)
             return 0
-        tasks = parse_numbers(args.tasks)
-        unknown = [t for t in tasks if t not in conventions.TASKS]
-        if unknown:
-            raise ConfigError(f"tasks {unknown} do not exist, allowed are 0 to {conventions.TASKS[-1]}")
+        tasks = conventions.parse_tasks(args.tasks)
         if not 1 <= args.episodes <= conventions.N_INITIAL_STATES:
             raise ConfigError(f"--episodes is {args.episodes}, allowed is 1 to {conventions.N_INITIAL_STATES}")
         horizon = json.loads((model_path(args.policy) / "config.json").read_text())["horizon"]

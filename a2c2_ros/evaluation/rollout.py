@@ -17,7 +17,7 @@ from a2c2_ros.core.errors import SimulationError
 from a2c2_ros.core.observation import ObservationBuffer
 from a2c2_ros.core.planner import PlannerSchedule
 from a2c2_ros.core.robot import Robot
-from a2c2_ros.policies.base import ChunkPolicy
+from a2c2_ros.policies.base import ChunkPolicy, infer_chunk
 
 
 class Environment(Protocol):
@@ -101,20 +101,8 @@ def run_episode(
         request = schedule.next_request(now_ns)
         if request is not None:
             chunk_id += 1
-            inference_start_ns = time.perf_counter_ns()
-            inputs = robot.images(observation) | {"state": robot.state_of(observation)}
-            output = policy.predict(inputs, env.instruction, seed=request.seed)
-            ready = ActionChunk(
-                chunk_id=chunk_id,
-                t_obs_ns=request.t_obs_ns,
-                step_ns=config.step_ns,
-                actions=output.actions,
-                action_names=robot.action_names,
-                latent=output.latent,
-                language=output.language,
-                policy_id=policy.policy_id,
-            )
-            result.inference_ms.append((time.perf_counter_ns() - inference_start_ns) / 1e6)
+            ready = infer_chunk(policy, robot, observation, env.instruction, request, chunk_id, config.step_ns)
+            result.inference_ms.append(ready.inference_ns / 1e6)
             hand_over(now_ns)
         step = loop.tick(now_ns, buffer.snapshot())
         on_step(step, observation)

@@ -49,15 +49,7 @@ class CompactHead(nn.Module):
         super().__init__()
         self.config = config
         actions = len(config.action_names)
-        self.encoder = ObservationEncoder(
-            config.cameras,
-            config.image_size,
-            len(config.state_names),
-            config.language_dim,
-            config.width,
-            config.channels,
-            config.keypoints,
-        )
+        self.encoder = ObservationEncoder.of(config)
         self.slot = nn.Sequential(
             nn.Linear(actions + 2 + config.latent_dim, 256), nn.SiLU(), nn.Linear(256, config.width)
         )

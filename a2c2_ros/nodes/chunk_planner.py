@@ -1,7 +1,6 @@
 """Node ``chunk_planner``: action chunks from a slow policy, computed beside the callbacks, published when due."""
 
 import sys
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
@@ -9,7 +8,7 @@ import numpy as np
 from std_msgs.msg import String
 
 from a2c2_ros.core.chunk import ActionChunk
-from a2c2_ros.core.config import PlannerConfig
+from a2c2_ros.core.config import FUTURE_TOLERANCE_S, PlannerConfig
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.planner import ChunkRequest, PlannerSchedule
@@ -21,9 +20,8 @@ from a2c2_ros.nodes.conversions import chunk_to_message, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource
 from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, NodeParameters, latched_qos, reliable_qos, run
 from a2c2_ros.paths import model_path
+from a2c2_ros.policies.base import infer_chunk
 from a2c2_ros.policies.registry import load_policy
-
-FUTURE_TOLERANCE_NS = 50_000_000
 
 
 class ChunkPlanner(ManagedNode):
@@ -38,7 +36,7 @@ class ChunkPlanner(ManagedNode):
         self._log = EdgeLog(self)
         self._policy = None
         self._schedule: PlannerSchedule | None = None
-        self._settings = NodeParameters(self, PlannerConfig(), lambda candidate: None, self._apply)
+        self._settings = NodeParameters(self, PlannerConfig(), apply=self._apply)
         self._worker: ThreadPoolExecutor | None = None
         self._source: ObservationSource | None = None
         self._running: tuple[ChunkRequest, Future] | None = None
@@ -135,7 +133,7 @@ class ChunkPlanner(ManagedNode):
         else:
             limits = {name: spec.max_age_ns for name, spec in streams.items()}
             now_ns = self.get_clock().now().nanoseconds
-            if stale_stream(observation.ages_ns(now_ns), limits, FUTURE_TOLERANCE_NS) is not None:
+            if stale_stream(observation.ages_ns(now_ns), limits, round(FUTURE_TOLERANCE_S * 1e9)) is not None:
                 return
         if stamp_ns < self._answered_ns:
             self.get_logger().warning("the clock jumped back: starting afresh")
@@ -196,20 +194,14 @@ class ChunkPlanner(ManagedNode):
 
     def _infer(self, request: ChunkRequest, observation: Observation, instruction: str) -> tuple[ActionChunk, str]:
         """Runs on the worker thread."""
-        robot = self._profile.robot
-        inputs = robot.images(observation.values) | {"state": robot.state_of(observation.values)}
-        started_ns = time.perf_counter_ns()
-        output = self._policy.predict(inputs, instruction, seed=request.seed)
-        chunk = ActionChunk(
-            chunk_id=next(self._chunk_ids),
-            t_obs_ns=request.t_obs_ns,
-            step_ns=self._settings.value.step_ns,
-            actions=output.actions,
-            action_names=robot.action_names,
-            latent=output.latent,
-            language=output.language,
-            policy_id=self._policy.policy_id,
-            inference_ns=time.perf_counter_ns() - started_ns,
+        chunk = infer_chunk(
+            self._policy,
+            self._profile.robot,
+            observation.values,
+            instruction,
+            request,
+            next(self._chunk_ids),
+            self._settings.value.step_ns,
         )
         return chunk, instruction
 

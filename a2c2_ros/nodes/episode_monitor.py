@@ -97,7 +97,7 @@ class EpisodeMonitor(PlainNode):
 
     def __init__(self) -> None:
         super().__init__("episode_monitor")
-        self._settings = NodeParameters(self, MonitorConfig(), lambda candidate: None, lambda config: None)
+        self._settings = NodeParameters(self, MonitorConfig())
         config = self._settings.value
         self._log = EdgeLog(self)
         self._profile = load_profile(config.robot)

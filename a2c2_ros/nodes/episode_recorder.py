@@ -35,7 +35,7 @@ class EpisodeRecorder(PlainNode):
 
     def __init__(self) -> None:
         super().__init__("episode_recorder")
-        config = NodeParameters(self, RecorderConfig(), lambda candidate: None, lambda candidate: None).value
+        config = NodeParameters(self, RecorderConfig()).value
         profile = load_profile(config.robot)
         self._bag: Writer | None = None
         path = Path(config.out) / "bag"

@@ -3,18 +3,18 @@
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from geometry_msgs.msg import PoseStamped
-from rclpy.executors import ExternalShutdownException
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from a2c2_ros.core.config import Parameters, parameter
-from a2c2_ros.core.errors import A2C2Error, ObservationError, SimulationError
+from a2c2_ros.core.errors import ObservationError, SimulationError
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import EpisodeStatus, PlannerStatus
@@ -70,7 +70,7 @@ class LiberoSim(PlainNode):
 
     def __init__(self) -> None:
         super().__init__("libero_sim")
-        self._settings = NodeParameters(self, SimConfig(), lambda candidate: None, lambda config: None)
+        self._settings = NodeParameters(self, SimConfig())
         config = self._settings.value
         self._profile = load_profile(config.robot)
         self._changed = threading.Condition()
@@ -96,20 +96,21 @@ class LiberoSim(PlainNode):
             self.create_subscription(ActionChunkMsg, "action_chunk", self._on_chunk, latched_qos(2))
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetTask, "~/set_task", self._on_set_task)
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="simulation")
-        self._failed = self.create_guard_condition(self._raise_failure)
-        self._thread.start()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="simulation")
+        self._simulation = self._worker.submit(self._run_episodes)
+        self._simulation_over = self.create_guard_condition(self._on_simulation_over)
+        self._simulation.add_done_callback(lambda _: self._simulation_over.trigger())
 
     def close(self) -> None:
         """Stop the simulation; the node is about to be destroyed."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._thread.join()
+        self._worker.shutdown(wait=True)
 
-    def _raise_failure(self) -> None:
-        raise self._failure
+    def _on_simulation_over(self) -> None:
+        """Raise what ended the simulation, whatever it was: a node without its simulation must not live on."""
+        self._simulation.result()
 
     def _on_command(self, message: JointState) -> None:
         try:
@@ -158,16 +159,8 @@ class LiberoSim(PlainNode):
             response.message = f"task {request.task} starts now"
         return response
 
-    def _run(self) -> None:
-        """Body of the simulation thread."""
-        try:
-            self._run_episodes()
-        except (A2C2Error, ExternalShutdownException) as error:
-            self._failure = error
-            if not self._stopping and self.context.ok():
-                self._failed.trigger()
-
     def _run_episodes(self) -> None:
+        """Runs on the simulation thread."""
         from a2c2_ros.sim.libero_env import LiberoEnv  # slow to import; the node answers meanwhile
 
         config = self._settings.value

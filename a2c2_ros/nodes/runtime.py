@@ -54,7 +54,11 @@ class NodeParameters:
     """
 
     def __init__(
-        self, node: Node, defaults: Config, validate: Callable[[Config], None], apply: Callable[[Config], None]
+        self,
+        node: Node,
+        defaults: Config,
+        validate: Callable[[Config], None] = lambda candidate: None,
+        apply: Callable[[Config], None] = lambda config: None,
     ) -> None:
         self._validate = validate
         self._apply = apply

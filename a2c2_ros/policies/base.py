@@ -1,12 +1,16 @@
 """What a chunk policy is to the planner."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.errors import ObservationError, PolicyError
+from a2c2_ros.core.planner import ChunkRequest
+from a2c2_ros.core.robot import Robot
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +65,50 @@ class ChunkPolicy(Protocol):
             PolicyError: If the chunk is not finite.
         """
         ...
+
+
+def infer_chunk(
+    policy: ChunkPolicy,
+    robot: Robot,
+    values: Mapping[str, np.ndarray],
+    instruction: str,
+    request: ChunkRequest,
+    chunk_id: int,
+    step_ns: int,
+) -> ActionChunk:
+    """Run a policy on an observation of a robot; the planner node and the evaluation both call this.
+
+    Args:
+        policy: The base policy.
+        robot: Gives the images, the state and the action names.
+        values: Newest sample of every stream of the robot.
+        instruction: What to do, in words.
+        request: From the planner's schedule: stamp of the observation and seed.
+        chunk_id: Number of the chunk.
+        step_ns: Duration of a slot [ns].
+
+    Returns:
+        The chunk, with the duration of the inference.
+
+    Raises:
+        ObservationError: If the observation does not fit the policy.
+        PolicyError: If the policy's output is not finite.
+        ChunkError: If the output does not fit the robot's action.
+    """
+    inputs = robot.images(values) | {"state": robot.state_of(values)}
+    started_ns = time.perf_counter_ns()
+    output = policy.predict(inputs, instruction, seed=request.seed)
+    return ActionChunk(
+        chunk_id=chunk_id,
+        t_obs_ns=request.t_obs_ns,
+        step_ns=step_ns,
+        actions=output.actions,
+        action_names=robot.action_names,
+        latent=output.latent,
+        language=output.language,
+        policy_id=policy.policy_id,
+        inference_ns=time.perf_counter_ns() - started_ns,
+    )
 
 
 def check_observation(policy: ChunkPolicy, observation: Mapping[str, np.ndarray]) -> None:

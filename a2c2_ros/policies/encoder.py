@@ -1,9 +1,22 @@
 """Observation encoder in torch, shared by the flow policy and the compact head."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class EncoderConfig(Protocol):
+    """What the configurations of the policy and the head say of the encoder."""
+
+    cameras: tuple[str, ...]
+    image_size: int  # [pixels]
+    state_names: tuple[str, ...]
+    language_dim: int
+    width: int
+    channels: int
+    keypoints: int
 
 
 class Film(nn.Module):
@@ -106,6 +119,19 @@ class ObservationEncoder(nn.Module):
         self.trunk_input = nn.Linear(features, width)
         self.trunk = nn.Sequential(
             nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU()
+        )
+
+    @classmethod
+    def of(cls, config: EncoderConfig) -> "ObservationEncoder":
+        """The encoder that the configuration of a policy or a head describes."""
+        return cls(
+            config.cameras,
+            config.image_size,
+            len(config.state_names),
+            config.language_dim,
+            config.width,
+            config.channels,
+            config.keypoints,
         )
 
     def set_normalisation(self, **statistics: Tensor) -> None:

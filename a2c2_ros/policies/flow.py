@@ -107,15 +107,7 @@ class FlowNetwork(nn.Module):
         super().__init__()
         self.config = config
         actions = len(config.action_names)
-        self.encoder = ObservationEncoder(
-            config.cameras,
-            config.image_size,
-            len(config.state_names),
-            config.language_dim,
-            config.width,
-            config.channels,
-            config.keypoints,
-        )
+        self.encoder = ObservationEncoder.of(config)
         self.latent = nn.Sequential(
             nn.Linear(config.width, config.latent_dim), nn.LayerNorm(config.latent_dim, elementwise_affine=False)
         )

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from a2c2_ros.core.errors import ConfigError
+
 SUITE = "libero_spatial"
 TASKS = range(10)
 """Task numbers of the suite, in LIBERO's task order 0."""
@@ -41,3 +43,31 @@ NOMINAL_EE_QUAT_XYZW.setflags(write=False)
 
 TARGET_BOWL = "akita_black_bowl_1"
 PLATE = "plate_1"
+
+
+def parse_numbers(text: str) -> list[int]:
+    """``"0-3,7"`` to [0, 1, 2, 3, 7].
+
+    Raises:
+        ConfigError: If the text is not a list of numbers and ranges.
+    """
+    numbers = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or part.endswith("-"):
+            raise ConfigError(f"{text!r} is not a list of numbers, allowed is for example 0-3,7")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def parse_tasks(text: str) -> list[int]:
+    """Task numbers of a list such as ``"0-3,7"``.
+
+    Raises:
+        ConfigError: If the text is not such a list or names a task that the suite does not have.
+    """
+    tasks = parse_numbers(text)
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise ConfigError(f"tasks {unknown} do not exist, allowed are 0 to {TASKS[-1]}")
+    return tasks

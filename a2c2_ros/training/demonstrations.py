@@ -18,7 +18,6 @@ from tqdm import tqdm
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.state import state_vector
 from a2c2_ros.drivers.profile import STATE_NAMES
-from a2c2_ros.evaluation.libero import parse_numbers
 from a2c2_ros.jobs import run_jobs
 from a2c2_ros.sim import conventions
 
@@ -219,10 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.block:
             run_block(args.out, *args.block, args.seed)
             return 0
-        tasks = parse_numbers(args.tasks)
-        unknown = [task for task in tasks if task not in conventions.TASKS]
-        if unknown:
-            raise ConfigError(f"tasks {unknown} do not exist, allowed are 0 to {conventions.TASKS[-1]}")
+        tasks = conventions.parse_tasks(args.tasks)
         if args.episodes_per_task < 1:
             raise ConfigError(f"--episodes-per-task is {args.episodes_per_task}, allowed is 1 or more")
         if args.out.exists():
