@@ -53,8 +53,10 @@ def make_robot(*, step=None, hold=None, max_age_ns: int = 100_000_000) -> Robot:
         state_names=("a", "b"),
         state_of=lambda values: values["joints"].astype(np.float32),
         measured_of=lambda values: None,
+        measured_streams=(),
         limits=Limits.of(NAMES, [-1, -1, -1], [1, 1, 1], step),
         hold=hold or HoldPolicy("delta", 3, keep=(2,), keep_default=(-1.0,)),
+        simulated=True,
     )
 
 

@@ -129,13 +129,30 @@ def test_zero_is_a_limit_and_nan_is_refused():
         Limits.of(NAMES, [-1] * 3, [1] * 3, [-0.1, 1, 1])
 
 
-def test_hold_of_a_delta_keeps_the_gripper_and_of_a_position_needs_a_measurement():
+def test_a_channel_that_may_not_move_does_not_stop_the_others():
+    limits = Limits.of(NAMES, [-1] * 3, [1] * 3, [0.0, 0.1, None])
+    limited, flags = limits.apply(np.array([0.4, 0.2, 0.5], np.float32), np.zeros(3, np.float32))
+    assert limited == pytest.approx([0.0, 0.1, 0.25])
+    assert flags == LimitFlag.STEP
+
+
+def test_velocity_is_a_step_at_the_control_rate():
+    limits = Limits.of(NAMES, [-1] * 3, [1] * 3, None, [2.0, None, None]).at(50_000_000)
+    limited, flags = limits.apply(np.array([0.4, 0.2, 0.0], np.float32), np.zeros(3, np.float32))
+    assert limited == pytest.approx([0.1, 0.05, 0.0])
+    assert flags == LimitFlag.VELOCITY
+
+
+def test_hold_of_a_delta_keeps_the_gripper_and_of_a_position_stays_where_it_is_measured():
     delta = HoldPolicy("delta", 3, keep=(2,), keep_default=(-1.0,))
-    assert delta.command(None, None).tolist() == [0, 0, -1]
-    assert delta.command(np.array([0.5, 0.5, 1.0]), None).tolist() == [0, 0, 1]
-    position = HoldPolicy("position", 3)
-    assert position.command(np.ones(3), None) is None
-    assert position.command(np.ones(3), np.array([0.1, 0.2, 0.3])) == pytest.approx([0.1, 0.2, 0.3])
+    assert delta.target(np.array([0.5, 0.5, 1.0]), None).tolist() == [0, 0, 1]
+    assert delta.seed(None).tolist() == [0, 0, -1]
+    position = HoldPolicy("position", 3, keep=(2,), keep_default=(0.5,))
+    last = np.array([1.0, 1.0, 0.8], np.float32)
+    assert position.target(last, None) == pytest.approx(last), "the last command is the nearest to a measurement"
+    assert position.target(last, np.array([0.1, 0.2, np.nan])) == pytest.approx([0.1, 0.2, 0.8])
+    assert position.seed(None) is None
+    assert position.seed(np.array([0.1, 0.2, np.nan])) == pytest.approx([0.1, 0.2, 0.5])
 
 
 def test_time_feature_is_the_papers():

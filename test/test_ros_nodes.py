@@ -41,6 +41,7 @@ class Bench:
         self.pose = self.node.create_publisher(PoseStamped, "ee_pose", qos)
         self.chunks = self.node.create_publisher(ActionChunk, "action_chunk", latched_qos(2))
         self.instruction = self.node.create_publisher(String, "instruction", latched_qos(1))
+        self._chunk_id = 0
         self.steps = []
         self.received_chunks = []
         self.node.create_subscription(ControlStep, "control_step", self.steps.append, reliable_qos(1000))
@@ -58,8 +59,9 @@ class Bench:
         return self.node.get_clock().now().nanoseconds
 
     def chunk(self, manifest, **changes):
+        self._chunk_id += 1
         message = ActionChunk(
-            chunk_id=1,
+            chunk_id=self._chunk_id,
             step=to_duration(50_000_000),
             horizon=50,
             policy_id=manifest.policy_id,
@@ -75,6 +77,10 @@ class Bench:
 
     def spin_until(self, condition, what, timeout_s=60.0):
         self._peer.spin_until(condition, what, timeout_s)
+
+    def spin_for(self, duration_s, what):
+        end = self.now_ns() + round(duration_s * 1e9)
+        self.spin_until(lambda: self.now_ns() > end, what)
 
     def set_parameter(self, node, name, value):
         """(accepted, reason)"""
@@ -229,9 +235,9 @@ def test_life_cycle_starts_stops_and_starts_again(bench, manifest):
         bench.wait_for_state(ControlStep.RUNNING)
         assert change(Transition.TRANSITION_DEACTIVATE)
         bench.spin_until(lambda: commands and not np.any(commands[-1].position[:6]), "a last command without motion")
+        bench.spin_for(0.1, "what is under way")
         ticks = bench.steps[-1].tick
-        end = bench.now_ns() + 300_000_000
-        bench.spin_until(lambda end=end: bench.now_ns() > end, "six periods")
+        bench.spin_for(0.3, "six periods")
         assert bench.steps[-1].tick == ticks, "no tick while inactive"
     assert change(Transition.TRANSITION_CLEANUP)
     assert change(Transition.TRANSITION_CONFIGURE)
@@ -246,9 +252,9 @@ def test_recorder_writes_a_bag_that_others_read(bench, manifest, tmp_path):
 
     bench.system.start("episode_recorder", out=tmp_path / "run")
     bench.wait_for_log("episode_recorder", "recording")
+    bench.spin_until(lambda: bench.chunks.get_subscription_count() == 1, "the recorder's subscription")
     bench.chunk(manifest, chunk_id=7)
-    end = bench.now_ns() + 1_500_000_000
-    bench.spin_until(lambda: bench.now_ns() > end, "a second of sensor data")
+    bench.spin_for(1.5, "a second of sensor data")
     assert bench.system.stop("episode_recorder") == 0
     with AnyReader([tmp_path / "run" / "bag"]) as bag:
         messages = [(c.topic, bag.deserialize(data, c.msgtype)) for c, _, data in bag.messages()]

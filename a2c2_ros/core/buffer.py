@@ -1,6 +1,7 @@
 """The chunks that the control loop may execute."""
 
 from a2c2_ros.core.chunk import ActionChunk
+from a2c2_ros.core.errors import ChunkError
 from a2c2_ros.core.schedule import slot_index
 
 
@@ -20,9 +21,19 @@ class ChunkBuffer:
 
         Returns:
             False if a chunk of the same observation is here already or only newer ones fit.
+
+        Raises:
+            ChunkError: If its planner used its number for another observation.
         """
-        if any(chunk.t_obs_ns == other.t_obs_ns for other in self._chunks):
-            return False
+        for other in self._chunks:
+            if chunk.t_obs_ns == other.t_obs_ns:
+                return False
+            if (chunk.planner_id, chunk.chunk_id) == (other.planner_id, other.chunk_id):
+                raise ChunkError(
+                    f"chunk {chunk.chunk_id}: planner {chunk.planner_id!r} used this number for an observation "
+                    f"{(other.t_obs_ns - chunk.t_obs_ns) / 1e9:+.3f} s away",
+                    "number",
+                )
         self._chunks.append(chunk)
         self._chunks.sort(key=lambda c: c.t_obs_ns, reverse=True)
         del self._chunks[self._capacity :]
@@ -35,6 +46,9 @@ class ChunkBuffer:
             if 0 <= slot < chunk.horizon:
                 return chunk, slot
         return None
+
+    def __len__(self) -> int:
+        return len(self._chunks)
 
     def clear(self) -> None:
         """Forget every chunk."""

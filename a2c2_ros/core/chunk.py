@@ -26,12 +26,16 @@ class ActionChunk:
     latent: np.ndarray  # (Z,) float32, may be empty
     language: np.ndarray  # (L,) float32, may be empty
     policy_id: str
+    planner_id: str = ""  # which planner made it, unique to its start
     inference_ns: int = 0  # duration of the inference [ns]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "action_names", tuple(self.action_names))
         for name, dimensions in (("actions", 2), ("latent", 1), ("language", 1)):
-            array = np.array(getattr(self, name), dtype=np.float32)
+            try:
+                array = np.array(getattr(self, name), dtype=np.float32)
+            except (TypeError, ValueError) as error:
+                raise ChunkError(f"chunk {self.chunk_id}: {name} is not an array of numbers: {error}") from error
             array.setflags(write=False)
             object.__setattr__(self, name, array)
             if array.ndim != dimensions:

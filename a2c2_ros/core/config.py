@@ -16,10 +16,16 @@ Config = TypeVar("Config", bound="Parameters")
 
 
 def parameter(
-    default: Any, description: str, *, low: float | None = None, high: float | None = None, dynamic: bool = True
+    default: Any,
+    description: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    dynamic: bool = True,
 ) -> Any:
-    """Declare a parameter: default (and with it the type), description with unit, range, settable at run time."""
-    meta = {"description": description, "low": low, "high": high, "dynamic": dynamic}
+    """Declare a parameter: default (and with it the type), description with unit, what is allowed, settable running."""
+    meta = {"description": description, "low": low, "high": high, "choices": choices, "dynamic": dynamic}
     return field(default=default, metadata=meta)
 
 
@@ -74,7 +80,9 @@ class Parameters:
             object.__setattr__(self, item.name, value)
         if type(value) is not expected:
             raise ConfigError(f"parameter {name} is {value!r} ({type(value).__name__}), allowed is {expected.__name__}")
-        low, high = item.metadata["low"], item.metadata["high"]
+        low, high, choices = item.metadata["low"], item.metadata["high"], item.metadata["choices"]
+        if choices and value not in choices:
+            raise ConfigError(f"parameter {name} is {value!r}, allowed are {list(choices)}")
         if expected not in (int, float):
             return
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
@@ -137,14 +145,70 @@ class ControllerConfig(Parameters):
         "ONNX head; a relative path is looked up in the package's models; swapped between two ticks",
     )
     correction__threads: int = parameter(1, "Threads of the head's runtime", low=1, high=64, dynamic=False)
+    correction__deadline_s: float = parameter(
+        0.0, "Longest time that the head may take [s]; 0: one control period; not used in lockstep", low=0.0, high=10.0
+    )
+    correction__retry_after_s: float = parameter(
+        1.0, "How long a head that was late is not run [s]", low=0.0, high=3600.0
+    )
+    correction__on_failure: str = parameter(
+        "base",
+        "When the head fails, is late or returns what is not plausible: base (execute the base action) or hold",
+        choices=("base", "hold"),
+    )
     residual_limit: float = parameter(
-        4.0,
-        "Largest plausible residual of any channel [action units]; beyond it the base action is executed",
+        4.0, "Largest plausible residual of a channel [action units]; beyond it the head has failed", low=0.0, high=1e6
+    )
+    action_margin: float = parameter(
+        1.0,
+        "How far a chunk's actions may lie outside the limits, in widths of the limits; beyond it the chunk is refused",
         low=0.0,
         high=1e6,
     )
+    max_chunk_age_s: float = parameter(
+        5.0, "Largest age of the observation that an executed chunk was computed from [s]", low=0.01, high=3600.0
+    )
+    rearm_after_s: float = parameter(
+        0.1, "How long observations must be good again before the robot moves again [s]", low=0.0, high=60.0
+    )
+    halt_steps: int = parameter(
+        20, "Safe commands sent after the robot was stopped, then none [steps]", low=1, high=100_000
+    )
+    start_state: str = parameter(
+        "auto",
+        "enabled, disabled (until ~/enable is called), or auto: enabled only if the robot profile says simulated",
+        choices=("auto", "enabled", "disabled"),
+        dynamic=False,
+    )
+    emergency_stop_timeout_s: float = parameter(
+        0.0,
+        "Stop if the topic emergency_stop is silent for longer [s]; 0: it need not be sent regularly",
+        low=0.0,
+        high=60.0,
+        dynamic=False,
+    )
     future_tolerance_s: float = parameter(
         FUTURE_TOLERANCE_S, "How far a stamp may lie in the future [s]", low=0.0, high=10.0
+    )
+    clock_timeout_s: float = parameter(
+        0.5, "Hold if the ROS clock stands still for longer, in steady time [s]; not in lockstep", low=0.01, high=60.0
+    )
+    realtime__priority: int = parameter(
+        50,
+        "SCHED_FIFO priority of the control loop's thread; 0: do not ask for it; without the permission it is not used",
+        low=0,
+        high=98,
+        dynamic=False,
+    )
+    diagnostics__period_error_s: float = parameter(
+        0.002, "Warn if the 99th percentile of the period error is above [s]", low=0.0, high=10.0
+    )
+    diagnostics__missed_ticks: int = parameter(0, "Warn if more ticks were missed per second", low=0, high=1000)
+    diagnostics__head_time_s: float = parameter(
+        0.0, "Warn if the 99th percentile of the head's time is above [s]; 0: half a control period", low=0.0, high=10.0
+    )
+    diagnostics__limited: float = parameter(
+        0.5, "Warn if more than this fraction of the commands was limited", low=0.0, high=1.0
     )
     autostart: bool = parameter(True, "Configure and activate by itself at start", dynamic=False)
 
@@ -157,3 +221,20 @@ class ControllerConfig(Parameters):
     def future_tolerance_ns(self) -> int:
         """``future_tolerance_s`` in nanoseconds."""
         return round(self.future_tolerance_s * 1e9)
+
+    @property
+    def max_chunk_age_ns(self) -> int:
+        """``max_chunk_age_s`` in nanoseconds."""
+        return round(self.max_chunk_age_s * 1e9)
+
+    @property
+    def rearm_after_ns(self) -> int:
+        """``rearm_after_s`` in nanoseconds."""
+        return round(self.rearm_after_s * 1e9)
+
+    @property
+    def head_deadline_ns(self) -> int | None:
+        """Longest time that the head may take [ns], None in lockstep, where a result must not depend on the machine."""
+        if self.lockstep:
+            return None
+        return round(self.correction__deadline_s * 1e9) or self.period_ns

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +10,15 @@ import numpy as np
 from a2c2_ros.core.buffer import ChunkBuffer
 from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.config import ControllerConfig
-from a2c2_ros.core.errors import ChunkError, ManifestError, ObservationError
+from a2c2_ros.core.errors import ChunkError, HeadError, ManifestError, ObservationError
 from a2c2_ros.core.features import time_feature
+from a2c2_ros.core.gate import ChunkGate
+from a2c2_ros.core.governor import Governor
 from a2c2_ros.core.head import CorrectionHead, HeadInput
 from a2c2_ros.core.limits import LimitFlag
 from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.robot import Robot
-from a2c2_ros.core.safety import Reason, State, stale_stream
+from a2c2_ros.core.safety import MOVING, Latch, Reason, State, Verdict, stale_stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +57,24 @@ class CorrectionLoop:
         head: CorrectionHead | None = None,
         monotonic_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
-        self._config = config
         self._robot = robot
-        self._head = head
         self._monotonic_ns = monotonic_ns
         self._buffer = ChunkBuffer()
-        self._previous: np.ndarray | None = None
-        self._hold: np.ndarray | None = None
-        self._started = False
+        self._gate = ChunkGate(config, robot)
+        self._governor = Governor(robot, config.period_ns, config.halt_steps)
+        enabled = config.start_state == "enabled" or (config.start_state == "auto" and robot.simulated)
+        self._latch = Latch(enabled, round(config.emergency_stop_timeout_s * 1e9))
+        self._state = State.WAITING
         self._checked: tuple[ActionChunk, str] | None = None
         self._first_slot: tuple[ActionChunk | None, int] = (None, -1)
+        self._bad_ns: int | None = None  # last tick at which an observation or the clock was bad
+        self._head_rests_until_ns = 0
         self._max_ages_ns = {name: spec.max_age_ns for name, spec in robot.streams.items()}
         self.ticks = 0
         self.counts: Counter[State] = Counter()
+        self.reasons: Counter[Reason] = Counter()
+        self.chunks: Counter[str] = Counter()  # chunks by what became of them: accepted, duplicate, ChunkError.code
+        self.configure(config, head)
 
     @property
     def config(self) -> ControllerConfig:
@@ -79,12 +86,19 @@ class CorrectionLoop:
         """The head in use."""
         return self._head
 
+    @property
+    def silent(self) -> bool:
+        """True if the robot is under no command of this loop."""
+        return self._governor.silent
+
     def configure(self, config: ControllerConfig, head: CorrectionHead | None) -> None:
         """Use other parameters and another head from the next tick on."""
         self._config = config
-        if head is not self._head:
-            self._head = head
-            self._checked = None
+        self._gate.configure(config)
+        self._governor.halt_steps = config.halt_steps
+        self._head = head
+        self._checked = None
+        self._head_rests_until_ns = 0
 
     def install(self, chunk: ActionChunk, now_ns: int) -> bool:
         """Take a chunk that has arrived.
@@ -93,41 +107,75 @@ class CorrectionLoop:
             False if it is a duplicate or older than all that are kept.
 
         Raises:
-            ChunkError: If it does not fit the robot or its observation is from the future. Nothing changes then.
+            ChunkError: If it may not move the robot, see :class:`ChunkGate`. Nothing changes then.
         """
-        if chunk.action_names != self._robot.action_names:
-            raise ChunkError(
-                f"chunk {chunk.chunk_id}: action_names are {list(chunk.action_names)}, the robot "
-                f"{self._robot.name!r} has {list(self._robot.action_names)}"
-            )
-        if chunk.t_obs_ns - now_ns > self._config.future_tolerance_ns:
-            raise ChunkError(
-                f"chunk {chunk.chunk_id}: its observation lies {(chunk.t_obs_ns - now_ns) / 1e9:.3f} s in "
-                f"the future, allowed are {self._config.future_tolerance_s} s; are the clocks of the "
-                "machines synchronised?"
-            )
-        installed = self._buffer.install(chunk)
-        self._started |= installed
+        try:
+            self._gate.check(chunk, now_ns)
+            installed = self._buffer.install(chunk)
+        except ChunkError as error:
+            self.refused(error)
+            raise
+        self.chunks["accepted" if installed else "duplicate"] += 1
         return installed
 
-    def reset(self) -> None:
-        """Forget chunks and the last command: the clock jumped back, or a new start."""
+    def refused(self, error: ChunkError) -> None:
+        """Count a chunk that was refused before it came here."""
+        self.chunks[error.code] += 1
+
+    def enable(self) -> None:
+        """A person lets the robot move; ends STOPPED and FAULT.
+
+        Raises:
+            StateError: If the emergency stop is pressed.
+        """
+        self._latch.enable()
+
+    def disable(self) -> None:
+        """Stop on purpose: the safe command, then silence, until :meth:`enable`."""
+        self._latch.disable()
+
+    def emergency_stop(self, pressed: bool, now_ns: int) -> None:
+        """Signal of the emergency stop; a release does not enable."""
+        self._latch.emergency_stop(pressed, now_ns)
+
+    def fault(self, detail: str) -> None:
+        """The owner of the loop failed: as :meth:`disable`, but in state FAULT."""
+        self._latch.fault(Reason.INTERNAL_ERROR, detail)
+
+    def forget(self) -> None:
+        """Forget every chunk, because the clock went back; what was commanded is still known."""
         self._buffer.clear()
-        self._previous = self._hold = None
-        self._started = False
+        self._gate.reset()
+        self._bad_ns = None
+        self._head_rests_until_ns = 0
 
-    def stop(self) -> np.ndarray | None:
-        """Forget everything and return the safe command to leave behind, (A,) float32; None if none was sent yet."""
-        hold = None if self._previous is None else self._robot.hold.command(self._previous, None)
+    def reset(self) -> None:
+        """Start anew: no chunk, and the robot under no command. Latches stay."""
+        self.forget()
+        self._governor.reset()
+
+    def stop(self, t_tick_ns: int, observation: Observation) -> Iterator[np.ndarray]:
+        """Come to the hold, forget everything.
+
+        Yields:
+            The safe commands to leave behind, (A,) float32, one per control step; none if none was sent yet.
+        """
+        measured = self._measured(observation, observation.ages_ns(t_tick_ns))
+        command, _ = self._governor.hold(measured)
+        while command is not None:
+            yield command
+            if self._governor.arrived:
+                break
+            command, _ = self._governor.hold(measured)
         self.reset()
-        return hold
 
-    def tick(self, t_tick_ns: int, observation: Observation) -> ControlStep:
+    def tick(self, t_tick_ns: int, observation: Observation, problem: Verdict | None = None) -> ControlStep:
         """Run one control step.
 
         Args:
             t_tick_ns: Scheduled time of the tick [ns].
             observation: Newest sample of every stream.
+            problem: Why the robot has to hold, if the owner knows a reason (its clock).
 
         Returns:
             The step with the command to send.
@@ -135,27 +183,14 @@ class CorrectionLoop:
         ages = observation.ages_ns(t_tick_ns)
         size = len(self._robot.action_names)
         step = _Decision(base_action=np.zeros(size, np.float32), residual=np.zeros(size, np.float32))
-        self._decide(step, t_tick_ns, observation, ages)
-        limit_flags = LimitFlag.NONE
-        command = step.action
-        if step.state not in (State.RUNNING, State.BASE_ONLY):
-            command = None
-            if step.state != State.WAITING:
-                if self._hold is None:  # where holding began: a hold that followed the measurement would sag
-                    measured = self._robot.measured_of(observation.values)
-                    self._hold = self._robot.hold.command(self._previous, measured)
-                command = self._hold
-        else:
-            self._hold = None
-        if command is not None:
-            command, limit_flags = self._robot.limits.apply(command, self._previous)
-            self._previous = command
+        command, flags = self._decide(step, t_tick_ns, observation, ages, problem)
+        verdict = step.verdict
         result = ControlStep(
             tick=self.ticks,
             t_tick_ns=t_tick_ns,
-            state=step.state,
-            reason=step.reason,
-            detail=step.detail,
+            state=verdict.state,
+            reason=verdict.reason,
+            detail=verdict.detail,
             chunk_id=step.chunk.chunk_id if step.chunk else 0,
             t_obs_ns=step.chunk.t_obs_ns if step.chunk else 0,
             slot=step.slot,
@@ -164,37 +199,96 @@ class CorrectionLoop:
             base_action=step.base_action,
             residual=step.residual,
             command=command,
-            limits=limit_flags,
+            limits=flags,
             ages_ns=ages,
             head_ns=step.head_ns,
         )
+        self._state = verdict.state
         self.ticks += 1
-        self.counts[step.state] += 1
+        self.counts[verdict.state] += 1
+        self.reasons[verdict.reason] += 1
         return result
 
-    def _decide(self, step: "_Decision", t_tick_ns: int, observation: Observation, ages: dict[str, int]) -> None:
-        if not self._started:
-            return step.set(State.WAITING, Reason.NO_CHUNK)
-        stale = stale_stream(ages, self._max_ages_ns, self._config.future_tolerance_ns)
-        if stale is not None:
-            return step.set(State.HOLDING, *stale)
+    def _decide(
+        self,
+        step: "_Decision",
+        t_tick_ns: int,
+        observation: Observation,
+        ages: dict[str, int],
+        problem: Verdict | None,
+    ) -> tuple[np.ndarray | None, LimitFlag]:
+        self._latch.watch(t_tick_ns)
+        if self._latch.verdict is not None:
+            step.verdict = self._latch.verdict
+            return self._governor.halt(self._measured(observation, ages))
+        if self._governor.silent and not self._buffer:
+            step.verdict = Verdict(State.WAITING, Reason.NO_CHUNK)
+            return None, LimitFlag.NONE
+        held = self._observed(t_tick_ns, ages, problem) or self._select(step, t_tick_ns)
+        measured = self._measured(observation, ages)
+        if held is None and self._state not in MOVING:
+            outside = self._governor.outside(measured)
+            if outside:
+                held = Verdict(State.HOLDING, Reason.OUTSIDE_LIMITS, outside)
+        if held is None:
+            approach = self._governor.approach(measured)
+            if approach is not None:
+                step.verdict = Verdict(State.HOLDING, Reason.REARMING)
+                return approach
+            step.verdict = self._correct(step, t_tick_ns, observation)
+            if step.verdict.state in MOVING:
+                return self._governor.move(step.action)
+            held = step.verdict
+        step.verdict = held
+        return self._governor.hold(measured)
+
+    def _observed(self, t_tick_ns: int, ages: dict[str, int], problem: Verdict | None) -> Verdict | None:
+        """Why the observations do not let the robot move, or None."""
+        if problem is None:
+            stale = stale_stream(ages, self._max_ages_ns, self._config.future_tolerance_ns)
+            problem = None if stale is None else Verdict(State.HOLDING, *stale)
+        if problem is not None:
+            self._bad_ns = t_tick_ns
+            return problem
+        if self._bad_ns is not None:
+            if t_tick_ns - self._bad_ns < self._config.rearm_after_ns:
+                return Verdict(State.HOLDING, Reason.REARMING)
+            self._bad_ns = None
+        return None
+
+    def _select(self, step: "_Decision", t_tick_ns: int) -> Verdict | None:
+        """Pick the slot; why it may not be executed, or None."""
         selected = self._buffer.select(t_tick_ns)
         if selected is None:
-            return step.set(State.HOLDING, Reason.CHUNK_EXPIRED)
-        step.chunk, step.slot = selected
-        if self._first_slot[0] is not step.chunk:
+            return Verdict(State.HOLDING, Reason.CHUNK_EXPIRED if self._buffer else Reason.NO_CHUNK)
+        chunk, slot = selected
+        age_ns = t_tick_ns - chunk.t_obs_ns
+        if age_ns > self._config.max_chunk_age_ns:
+            return Verdict(
+                State.HOLDING, Reason.CHUNK_EXPIRED, f"slot {slot} is {age_ns / 1e9:.3f} s after its observation"
+            )
+        if self._first_slot[0] is not chunk:
             self._first_slot = selected
-        step.base_action = step.action = step.chunk.actions[step.slot]
-        if not self._config.correction__enabled:
-            return step.set(State.BASE_ONLY, Reason.CORRECTION_DISABLED)
-        if self._head is None:
-            return step.set(State.BASE_ONLY, Reason.NO_HEAD)
-        mismatch = self._mismatch(step.chunk)
-        if mismatch:
-            return step.set(State.HOLDING, Reason.HEAD_MISMATCH, mismatch)
-        return self._correct(step, observation)
+        step.chunk, step.slot = selected
+        step.base_action = step.action = chunk.actions[slot]
+        mismatch = self._mismatch(chunk) if self._config.correction__enabled else ""
+        return Verdict(State.HOLDING, Reason.HEAD_MISMATCH, mismatch) if mismatch else None
 
-    def _correct(self, step: "_Decision", observation: Observation) -> None:
+    def _measured(self, observation: Observation, ages: dict[str, int]) -> np.ndarray | None:
+        """The measured position in action units, or None if it is not known now."""
+        needed = {name: self._max_ages_ns[name] for name in self._robot.measured_streams}
+        if stale_stream(ages, needed, self._config.future_tolerance_ns) is not None:
+            return None
+        return self._robot.measured_of(observation.values)
+
+    def _correct(self, step: "_Decision", t_tick_ns: int, observation: Observation) -> Verdict:
+        """Add the head's residual to the action."""
+        if not self._config.correction__enabled:
+            return Verdict(State.BASE_ONLY, Reason.CORRECTION_DISABLED)
+        if self._head is None:
+            return Verdict(State.BASE_ONLY, Reason.NO_HEAD)
+        if t_tick_ns < self._head_rests_until_ns:
+            return self._failed(Reason.HEAD_LATE, "resting")
         started_ns = self._monotonic_ns()
         try:
             residual = self._head.correct(
@@ -207,16 +301,25 @@ class CorrectionLoop:
                     language=step.chunk.language,
                 )
             )
-        except (ManifestError, ObservationError) as error:
-            return step.set(State.BASE_ONLY, Reason.HEAD_FAILED, str(error))
+        except (HeadError, ManifestError, ObservationError) as error:
+            return self._failed(Reason.HEAD_FAILED, str(error))
         step.head_ns = self._monotonic_ns() - started_ns
         if residual.shape != step.base_action.shape or not np.isfinite(residual).all():
-            return step.set(State.BASE_ONLY, Reason.HEAD_NOT_FINITE, f"residual {residual.tolist()}")
+            return self._failed(Reason.HEAD_NOT_FINITE, f"residual {residual.tolist()}")
         step.residual = residual.astype(np.float32)
         if np.abs(residual).max() > self._config.residual_limit:
-            return step.set(State.BASE_ONLY, Reason.RESIDUAL_TOO_LARGE, f"residual {residual.tolist()}")
+            return self._failed(Reason.RESIDUAL_TOO_LARGE, f"residual {residual.tolist()}")
+        deadline_ns = self._config.head_deadline_ns
+        if deadline_ns is not None and step.head_ns > deadline_ns:
+            self._head_rests_until_ns = t_tick_ns + round(self._config.correction__retry_after_s * 1e9)
+            return self._failed(Reason.HEAD_LATE, f"{step.head_ns / 1e6:.1f} ms, allowed {deadline_ns / 1e6:.1f} ms")
         step.action = step.base_action + step.residual
-        return step.set(State.RUNNING, Reason.NONE)
+        return Verdict(State.RUNNING)
+
+    def _failed(self, reason: Reason, detail: str) -> Verdict:
+        """What ``correction.on_failure`` says."""
+        holds = self._config.correction__on_failure == "hold"
+        return Verdict(State.HOLDING if holds else State.BASE_ONLY, reason, detail)
 
     def _mismatch(self, chunk: ActionChunk) -> str:
         """Why the head may not correct this chunk; checked once per chunk."""
@@ -237,12 +340,7 @@ class _Decision:
     base_action: np.ndarray
     residual: np.ndarray
     action: np.ndarray | None = None
-    state: State = State.WAITING
-    reason: Reason = Reason.NO_CHUNK
-    detail: str = ""
+    verdict: Verdict = Verdict(State.WAITING)
     chunk: ActionChunk | None = None
     slot: int = -1
     head_ns: int = 0
-
-    def set(self, state: State, reason: Reason, detail: str = "") -> None:
-        self.state, self.reason, self.detail = state, reason, detail

@@ -10,7 +10,14 @@ class ConfigError(A2C2Error, ValueError):
 
 
 class ChunkError(A2C2Error, ValueError):
-    """An action chunk cannot be used: its shape, names, values or stamps are wrong."""
+    """An action chunk cannot be used: its shape, names, values or stamps are wrong.
+
+    ``code`` is the name under which the refusal is counted.
+    """
+
+    def __init__(self, message: str, code: str = "invalid") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class ObservationError(A2C2Error, ValueError):
@@ -27,3 +34,11 @@ class PolicyError(A2C2Error, RuntimeError):
 
 class SimulationError(A2C2Error, RuntimeError):
     """The simulator was asked for something that it does not have, or returned unusable data."""
+
+
+class StateError(A2C2Error, RuntimeError):
+    """Something was asked for that the state of the control loop does not allow."""
+
+
+class HeadError(A2C2Error, RuntimeError):
+    """The runtime of a correction head failed."""

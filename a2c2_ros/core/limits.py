@@ -1,7 +1,7 @@
 """Limits of the commands that may leave the control loop."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntFlag
 
 import numpy as np
@@ -15,6 +15,7 @@ class LimitFlag(IntFlag):
     NONE = 0
     POSITION = 1  # a value was outside [lower, upper]
     STEP = 2  # a change since the last command was larger than the step limit
+    VELOCITY = 4  # a change since the last command was faster than the velocity limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,53 +28,88 @@ class Limits:
 
     lower: np.ndarray  # (A,) float32, action units
     upper: np.ndarray  # (A,) float32
-    step: np.ndarray | None = None  # (A,) float32, largest change per tick; inf for a channel without one
+    step: np.ndarray | None = None  # (A,) float32, largest change per control step; inf for a channel without one
+    velocity: np.ndarray | None = None  # (A,) float32, largest change per second; inf for a channel without one
+    velocity_step: np.ndarray | None = None  # (A,) float32, velocity times the control period, see at()
 
     @classmethod
     def of(
-        cls, names: Sequence[str], lower: Sequence[float], upper: Sequence[float], step: Sequence[float] | None = None
+        cls,
+        names: Sequence[str],
+        lower: Sequence[float],
+        upper: Sequence[float],
+        step: Sequence[float | None] | None = None,
+        velocity: Sequence[float | None] | None = None,
     ) -> "Limits":
-        """Build and check limits for the named channels."""
+        """Build and check limits for the named channels; a channel's None in ``step`` or ``velocity`` means none."""
         arrays = {}
-        for label, values in (("lower", lower), ("upper", upper), ("step", step)):
+        for label, values in (("lower", lower), ("upper", upper), ("step", step), ("velocity", velocity)):
             if values is None:
                 arrays[label] = None
                 continue
-            array = np.array(values, dtype=np.float32)
+            unlimited = label in ("step", "velocity")
+            try:
+                array = np.array(
+                    [np.inf if unlimited and value is None else float(value) for value in values], dtype=np.float32
+                )
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"limit {label!r} is {values!r}, allowed are numbers: {error}") from error
             if array.shape != (len(names),) or np.isnan(array).any():
                 raise ConfigError(
                     f"limit {label!r} is {array.tolist()}, allowed are {len(names)} numbers, one for "
                     f"each of {list(names)}"
                 )
+            if unlimited and (array < 0).any():
+                raise ConfigError(f"limit {label!r} is {array.tolist()}, allowed is 0 or more")
             arrays[label] = array
         if (arrays["lower"] > arrays["upper"]).any():
             raise ConfigError(f"limit lower {arrays['lower'].tolist()} exceeds upper {arrays['upper'].tolist()}")
-        if arrays["step"] is not None and (arrays["step"] < 0).any():
-            raise ConfigError(f"limit step {arrays['step'].tolist()} is negative, allowed is 0 or more")
         return cls(**arrays)
+
+    def at(self, period_ns: int) -> "Limits":
+        """These limits for a control period [ns]: the velocity becomes a largest change per control step."""
+        if self.velocity is None:
+            return self
+        return replace(self, velocity_step=(self.velocity * (period_ns / 1e9)).astype(np.float32))
+
+    @property
+    def largest_step(self) -> np.ndarray | None:
+        """(A,) float32 largest change per control step by both limits, or None without any."""
+        if self.step is None or self.velocity_step is None:
+            return self.step if self.velocity_step is None else self.velocity_step
+        return np.minimum(self.step, self.velocity_step)
+
+    def clip(self, action: np.ndarray) -> np.ndarray:
+        """The command with every channel inside [lower, upper], (A,) float32."""
+        return np.clip(action, self.lower, self.upper).astype(np.float32)
 
     def apply(self, action: np.ndarray, previous: np.ndarray | None) -> tuple[np.ndarray, LimitFlag]:
         """Bring a finite command within the limits.
 
         Args:
             action: (A,) finite command.
-            previous: (A,) last command, or None if there is none (no step limit then).
+            previous: (A,) last command, inside the limits; None if there is none (no step limit then).
 
         Returns:
             (A,) float32 command and what was limited. A step that is too large is scaled as a whole, so that the
-            direction of motion is kept; the position limit is applied per channel.
+            direction of motion is kept; a channel that may not move at all (limit 0) stays and does not stop the
+            others. The position limit is applied per channel.
         """
-        limited = np.clip(action, self.lower, self.upper).astype(np.float32)
+        limited = self.clip(action)
         flags = LimitFlag.POSITION if (limited != action).any() else LimitFlag.NONE
-        if self.step is not None and previous is not None:
-            delta = limited.astype(np.float64) - previous
-            moving = delta != 0.0
-            if (np.abs(delta) > self.step).any():
-                scale = float((self.step[moving] / np.abs(delta[moving])).min(initial=1.0))
-                bound = np.minimum(np.abs(delta * scale), self.step)
-                limited = self._step_within(previous, np.copysign(bound, delta))
-                flags |= LimitFlag.STEP
-        return limited, flags
+        largest = self.largest_step
+        if largest is None or previous is None:
+            return limited, flags
+        delta = limited.astype(np.float64) - previous
+        size = np.abs(delta)
+        if not (size > largest).any():
+            return limited, flags
+        for limit, flag in ((self.step, LimitFlag.STEP), (self.velocity_step, LimitFlag.VELOCITY)):
+            if limit is not None and (size > limit).any():
+                flags |= flag
+        scaled = (size > 0.0) & (largest > 0.0)
+        scale = float((largest[scaled] / size[scaled]).min(initial=1.0))
+        return self._step_within(previous, np.copysign(np.minimum(size * scale, largest), delta)), flags
 
     def _step_within(self, previous: np.ndarray, delta: np.ndarray) -> np.ndarray:
         """The float32 command nearest to ``previous + delta`` within it: rounding must not add to a step."""

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 
 from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.errors import ManifestError
@@ -28,13 +28,15 @@ class HeadManifest:
     action_space: str  # e.g. "osc_pose_delta": meaning and unit of the action
     cameras: Mapping[str, tuple[int, int, int]]  # name -> (height, width, 3), uint8 RGB, upright, in input order
     state_names: tuple[str, ...]  # order of the state
-    latent_size: int
-    language_size: int
+    latent_size: int  # 0: the head takes no latent and fits chunks with any
+    language_size: int  # 0: the head takes no language and fits chunks with any
     output: str = "residual"  # the only meaning allowed: a_exec = a_base + output
     time_feature: str = "sin_cos_2pi_k_over_H"  # features.time_feature
     training_data_hash: str = ""
-    parity_max_abs_error: float = 0.0  # ONNX Runtime against torch, action units
+    parity_max_abs_error: float = 0.0  # ONNX Runtime against torch with float32 weights, action units
     parameters: int = 0
+    tokens: Mapping[str, int] = field(default_factory=dict)  # camera -> size of the graph's tensor tokens_<camera>
+    weights: str = "float32"  # of the graph: "float32", "int8" or "float16", see heads.quantise
     version: int = MANIFEST_VERSION
 
     def to_json(self) -> str:
@@ -59,13 +61,14 @@ class HeadManifest:
             raise ManifestError(f"{origin}: the manifest is not JSON: {error}") from error
         if not isinstance(data, dict):
             raise ManifestError(f"{origin}: the manifest is a {type(data).__name__}, allowed is a JSON object")
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in data]
+        known = {entry.name: entry for entry in dataclasses.fields(cls)}
+        missing = [n for n, f in known.items() if f.default is f.default_factory is MISSING and n not in data]
         unknown = sorted(set(data) - set(known))
         if missing or unknown:
             raise ManifestError(f"{origin}: manifest fields missing: {missing}, unknown: {unknown}")
         try:
             data["cameras"] = {str(name): tuple(int(v) for v in shape) for name, shape in data["cameras"].items()}
+            data["tokens"] = {str(name): int(size) for name, size in data.get("tokens", {}).items()}
             data["action_names"] = tuple(str(name) for name in data["action_names"])
             data["state_names"] = tuple(str(name) for name in data["state_names"])
             for name in ("horizon", "step_ns", "latent_size", "language_size", "version"):
@@ -89,17 +92,17 @@ class HeadManifest:
         Raises:
             ManifestError: Naming every field that differs, the head's value and the chunk's.
         """
-        self._check(
-            "chunk",
-            [
-                ("policy_id", self.policy_id, chunk.policy_id),
-                ("horizon", self.horizon, chunk.horizon),
-                ("step_ns", self.step_ns, chunk.step_ns),
-                ("action_names", self.action_names, chunk.action_names),
-                ("latent_size", self.latent_size, chunk.latent.size),
-                ("language_size", self.language_size, chunk.language.size),
-            ],
-        )
+        rows = [
+            ("policy_id", self.policy_id, chunk.policy_id),
+            ("horizon", self.horizon, chunk.horizon),
+            ("step_ns", self.step_ns, chunk.step_ns),
+            ("action_names", self.action_names, chunk.action_names),
+        ]
+        sizes = [
+            ("latent_size", self.latent_size, chunk.latent.size),
+            ("language_size", self.language_size, chunk.language.size),
+        ]
+        self._check("chunk", rows + [row for row in sizes if row[1] > 0])
 
     def check_robot(
         self,

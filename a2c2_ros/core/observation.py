@@ -38,11 +38,13 @@ class Observation:
 
 @dataclass
 class ObservationBuffer:
-    """Keeps the newest sample of each declared stream. Not thread safe: the owner serialises the calls."""
+    """Keeps the newest sample of each declared stream.
+
+    Safe with one writer per stream and any reader: a sample is one tuple, put and copied in one step.
+    """
 
     streams: Mapping[str, StreamSpec]
-    _values: dict[str, np.ndarray] = field(default_factory=dict)
-    _stamps: dict[str, int] = field(default_factory=dict)
+    _samples: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
 
     def put(self, stream: str, stamp_ns: int, value: np.ndarray) -> bool:
         """Take a sample.
@@ -69,20 +71,22 @@ class ObservationBuffer:
             raise ObservationError(f"stream {stream!r} delivered a value that is not finite")
         if stamp_ns <= 0:
             raise ObservationError(f"stream {stream!r} has stamp {stamp_ns} ns, allowed is a time after 0")
-        newest = self._stamps.get(stream, 0)
+        newest, _ = self._samples.get(stream, (0, None))
         if stamp_ns < newest - CLOCK_JUMP_NS:
             self.clear()
         elif stamp_ns <= newest:
             return False
-        self._values[stream] = value
-        self._stamps[stream] = stamp_ns
+        self._samples[stream] = (stamp_ns, value)
         return True
 
     def snapshot(self) -> Observation:
         """The newest samples, as an immutable view."""
-        return Observation(values=dict(self._values), stamps_ns=dict(self._stamps))
+        samples = self._samples.copy()
+        return Observation(
+            values={name: value for name, (_, value) in samples.items()},
+            stamps_ns={name: stamp for name, (stamp, _) in samples.items()},
+        )
 
     def clear(self) -> None:
         """Forget every sample (the clock jumped back)."""
-        self._values.clear()
-        self._stamps.clear()
+        self._samples = {}

@@ -21,9 +21,12 @@ class Robot:
     cameras: tuple[str, ...]  # the streams that are camera images
     state_names: tuple[str, ...]  # order of the state
     state_of: Callable[[Mapping[str, np.ndarray]], np.ndarray]  # stream values -> (S,) float32 state
-    measured_of: Callable[[Mapping[str, np.ndarray]], np.ndarray | None]  # -> (A,) position in action units, or None
+    measured_of: Callable[[Mapping[str, np.ndarray]], np.ndarray | None]  # -> (A,) position in action units, NaN for a
+    # channel that is not measured; None if the action is not a position
+    measured_streams: tuple[str, ...]  # the streams that measured_of needs
     limits: Limits
     hold: HoldPolicy
+    simulated: bool = False  # hardware starts disabled
 
     def images(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The camera images of an observation, (height, width, 3) uint8 RGB by camera name."""

@@ -1,4 +1,4 @@
-"""States of the control loop, their reasons, and the safe command of each kind of action."""
+"""The state machine of the control loop: its states, the reasons for every transition, the latches of a person."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from enum import IntEnum
 
 import numpy as np
 
-from a2c2_ros.core.errors import ConfigError
+from a2c2_ros.core.errors import ConfigError, StateError
 
 
 class State(IntEnum):
     """State of the control loop, as published in ControlStep."""
 
-    WAITING = 0  # no chunk has arrived yet: nothing is commanded but hold
+    WAITING = 0  # enabled, no chunk has arrived yet, nothing is commanded
     RUNNING = 1  # base action + correction
     BASE_ONLY = 2  # base action alone
-    HOLDING = 3  # the safe command, because data is missing, stale or wrong
-    STOPPED = 4  # disabled on purpose
-    FAULT = 5  # a fault that needs a person
+    HOLDING = 3  # the safe command, because data is missing, stale or wrong; goes on by itself
+    STOPPED = 4  # disabled or stopped on purpose: the safe command, then silence; goes on when a person enables
+    FAULT = 5  # a defect: as STOPPED
 
 
 class Reason(IntEnum):
@@ -25,7 +25,7 @@ class Reason(IntEnum):
 
     NONE = 0
     NO_CHUNK = 1  # no chunk has arrived since the start or the last reset
-    CHUNK_EXPIRED = 2  # every chunk is used up
+    CHUNK_EXPIRED = 2  # every chunk is used up, or its observation is older than max_chunk_age_s
     OBSERVATION_MISSING = 3  # a stream has never delivered
     OBSERVATION_STALE = 4  # a stream's newest sample is older than its limit
     OBSERVATION_FUTURE = 5  # a stream's newest sample is from the future: clocks differ
@@ -34,17 +34,97 @@ class Reason(IntEnum):
     HEAD_MISMATCH = 8  # the head was not trained for this chunk
     HEAD_NOT_FINITE = 9  # the head returned NaN or Inf
     RESIDUAL_TOO_LARGE = 10  # the head's output exceeds residual_limit
-    DISABLED = 11  # the loop was disabled
+    DISABLED = 11  # not enabled yet, or disabled by a person
     HEAD_FAILED = 12  # the head's runtime refused the input
+    EMERGENCY_STOP = 13  # the emergency stop was pressed
+    EMERGENCY_STOP_LOST = 14  # the emergency stop's signal was not heard for emergency_stop_timeout_s
+    INTERNAL_ERROR = 15  # the loop itself failed
+    HEAD_LATE = 16  # the head took longer than correction.deadline_s; it rests for correction.retry_after_s
+    CLOCK_JUMPED = 17  # the clock went back: everything that was known is void
+    CLOCK_STOPPED = 18  # the ROS clock stands still
+    REARMING = 19  # data is back: it must stay, and the command starts from the measured state
+    OUTSIDE_LIMITS = 20  # the measured position is outside the limits by more than a step: a person must move it
+
+
+MOVING = frozenset({State.RUNNING, State.BASE_ONLY})
+LATCHED = frozenset({State.STOPPED, State.FAULT})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A state with its reason."""
+
+    state: State
+    reason: Reason = Reason.NONE
+    detail: str = ""  # for people: the stream, the mismatch; empty if there is nothing to say
+
+
+class Latch:
+    """What a person or a defect has switched off; nothing but :meth:`enable` switches it on again.
+
+    Args:
+        enabled: State at the start.
+        stop_timeout_ns: Without a signal of the emergency stop for this long the loop stops [ns]; 0: no signal is
+            expected.
+    """
+
+    def __init__(self, enabled: bool, stop_timeout_ns: int = 0) -> None:
+        self._verdict = None if enabled else Verdict(State.STOPPED, Reason.DISABLED, "not enabled yet")
+        self._pressed = False
+        self._stop_timeout_ns = stop_timeout_ns
+        self._signal_ns: int | None = None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The latched state, or None if the loop may run."""
+        return self._verdict
+
+    def enable(self) -> None:
+        """A person takes the responsibility: ends STOPPED and FAULT.
+
+        Raises:
+            StateError: If the emergency stop is pressed.
+        """
+        if self._pressed:
+            raise StateError("the emergency stop is pressed, allowed is to enable after its release")
+        self._verdict = None
+        self._signal_ns = None
+
+    def disable(self) -> None:
+        """Stop on purpose; an emergency stop or fault stays what it is."""
+        if self._verdict is None:
+            self._verdict = Verdict(State.STOPPED, Reason.DISABLED)
+
+    def emergency_stop(self, pressed: bool, now_ns: int) -> None:
+        """Signal of the emergency stop. A release does not enable."""
+        self._pressed = pressed
+        self._signal_ns = now_ns
+        if pressed:
+            self._verdict = Verdict(State.STOPPED, Reason.EMERGENCY_STOP)
+
+    def fault(self, reason: Reason, detail: str) -> None:
+        """A defect; an emergency stop stays what it is."""
+        if self._verdict is None or self._verdict.reason != Reason.EMERGENCY_STOP:
+            self._verdict = Verdict(State.FAULT, reason, detail)
+
+    def watch(self, now_ns: int) -> None:
+        """Stop if the emergency stop's signal is lost; called every tick."""
+        if not self._stop_timeout_ns or self._verdict is not None:
+            return
+        if self._signal_ns is None or now_ns < self._signal_ns:  # enabled, or the clock jumped: the time begins now
+            self._signal_ns = now_ns
+        if now_ns - self._signal_ns > self._stop_timeout_ns:
+            silence_s = (now_ns - self._signal_ns) / 1e9
+            self._verdict = Verdict(State.STOPPED, Reason.EMERGENCY_STOP_LOST, f"no signal for {silence_s:.3f} s")
 
 
 @dataclass(frozen=True, eq=False)
 class HoldPolicy:
     """The safe command.
 
-    ``delta`` (velocities, twists, pose deltas): zero motion, and channels in ``keep`` (a gripper) keep their last
-    command. ``position``: the measured position when holding began, so that the arm stays where it is; without a
-    measurement there is no safe command and none is sent.
+    ``delta`` (velocities, twists, pose deltas): zero motion. ``position``: the measured position when holding began, so
+    that the arm stays where it is; without a measurement the last command. Channels in ``keep`` (a gripper) keep their
+    last command in both.
     """
 
     kind: str  # "delta" or "position"
@@ -58,14 +138,39 @@ class HoldPolicy:
         if len(self.keep) != len(self.keep_default):
             raise ConfigError(f"hold keeps channels {self.keep} but has {len(self.keep_default)} default values")
 
-    def command(self, previous: np.ndarray | None, measured: np.ndarray | None) -> np.ndarray | None:
-        """The safe command, (A,) float32, or None if nothing safe can be said."""
-        if self.kind == "position":
-            return None if measured is None else np.asarray(measured, dtype=np.float32)
-        hold = np.zeros(self.size, dtype=np.float32)
-        for channel, default in zip(self.keep, self.keep_default, strict=True):
-            hold[channel] = default if previous is None else previous[channel]
-        return hold
+    def target(self, previous: np.ndarray, measured: np.ndarray | None) -> np.ndarray:
+        """The safe command to go to.
+
+        Args:
+            previous: (A,) last command.
+            measured: (A,) measured position, NaN in channels without one; None if it is not known.
+
+        Returns:
+            (A,) float32.
+        """
+        if self.kind == "delta":
+            target = np.zeros(self.size, dtype=np.float32)
+        elif measured is None:
+            target = previous.astype(np.float32)
+        else:
+            target = np.where(np.isnan(measured), previous, measured).astype(np.float32)
+        keep = list(self.keep)
+        target[keep] = previous[keep]
+        return target
+
+    def seed(self, measured: np.ndarray | None) -> np.ndarray | None:
+        """What stands for the last command when none was sent: the first command may differ from it by one step.
+
+        Returns:
+            (A,) float32; None if the kind is ``position`` and the position is not known.
+        """
+        rest = np.zeros(self.size, dtype=np.float32)
+        rest[list(self.keep)] = self.keep_default
+        if self.kind == "delta":
+            return rest
+        if measured is None:
+            return None
+        return np.where(np.isnan(measured), rest, measured).astype(np.float32)
 
 
 def stale_stream(

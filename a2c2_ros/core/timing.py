@@ -16,6 +16,16 @@ class Tick:
     jump_ns: int  # how far the clock jumped since the last one, 0 if it did not; negative: backwards
 
 
+@dataclass(frozen=True)
+class StepTiming:
+    """How one tick ran, on the ROS clock."""
+
+    period_error_ns: int  # time since the last tick ran minus the control period(s) [ns]
+    lateness_ns: int  # scheduled time to start [ns]
+    command_latency_ns: int  # scheduled time to publication of the command [ns], 0 if nothing was sent
+    missed: int  # ticks skipped since the last one
+
+
 class TickGrid:
     """Maps the time at which a timer fired to the scheduled tick.
 
@@ -29,6 +39,11 @@ class TickGrid:
         self._jump_ns = jump_ns
         self._origin_ns: int | None = None
         self._last_ns: int | None = None
+
+    @property
+    def next_ns(self) -> int | None:
+        """Scheduled time of the next tick [ns], None before the first."""
+        return None if self._last_ns is None else self._last_ns + self.period_ns
 
     def tick(self, now_ns: int) -> Tick | None:
         """The tick that is due now, or None if its point of the grid was used already."""

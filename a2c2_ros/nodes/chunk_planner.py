@@ -1,6 +1,7 @@
 """Node ``chunk_planner``: action chunks from a slow policy, computed beside the callbacks, published when due."""
 
 import sys
+import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
@@ -46,6 +47,7 @@ class ChunkPlanner(ManagedNode):
         self._answered_ns = 0
         self._published_ns = 0
         self._chunk_ids = count(1)
+        self._planner_id = uuid.uuid4().hex
         self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", latched_qos(2))
         self._status_publisher = self.create_publisher(PlannerStatus, "planner_status", reliable_qos(10))
         self._result_ready = self.create_guard_condition(self._pump)
@@ -202,6 +204,7 @@ class ChunkPlanner(ManagedNode):
             request,
             next(self._chunk_ids),
             self._settings.value.step_ns,
+            self._planner_id,
         )
         return chunk, instruction
 

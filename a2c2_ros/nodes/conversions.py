@@ -1,13 +1,17 @@
 """Between ROS messages and the types of ``core``. Pure functions; wrong input raises and changes nothing."""
 
+import cv2
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
+from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 from geometry_msgs.msg import PoseStamped
 from sensor_msgs.msg import Image, JointState
 
 from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.controller import ControlStep
 from a2c2_ros.core.errors import ChunkError, ObservationError
+from a2c2_ros.core.health import Status
+from a2c2_ros.core.timing import StepTiming
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import ControlStep as ControlStepMsg
 
@@ -27,8 +31,14 @@ def to_duration(ns: int) -> Duration:
     return Duration(sec=ns // 1_000_000_000, nanosec=ns % 1_000_000_000)
 
 
-def image_to_array(message: Image, height: int, width: int) -> np.ndarray:
-    """Image message to (height, width, 3) uint8 RGB; a view of the message's data where that is possible.
+def image_to_array(message: Image, height: int, width: int, shape: tuple[int, int, int] | None = None) -> np.ndarray:
+    """Image message to uint8 RGB; a view of the message's data where that is possible.
+
+    Args:
+        message: rgb8 or bgr8.
+        height: Declared size [pixels].
+        width: Declared size [pixels].
+        shape: (height, width, 3) to scale to by the mean over areas; None: as it comes.
 
     Raises:
         ObservationError: If the encoding is neither rgb8 nor bgr8, or the size is not the declared one.
@@ -44,6 +54,8 @@ def image_to_array(message: Image, height: int, width: int) -> np.ndarray:
         )
     rows = np.frombuffer(message.data, np.uint8).reshape(height, message.step)
     image = rows[:, : 3 * width].reshape(height, width, 3)
+    if shape is not None and shape != image.shape:
+        image = cv2.resize(image, (shape[1], shape[0]), interpolation=cv2.INTER_AREA)
     return image if message.encoding == "rgb8" else image[:, :, ::-1]
 
 
@@ -101,6 +113,7 @@ def chunk_to_message(chunk: ActionChunk, instruction: str) -> ActionChunkMsg:
         step=to_duration(chunk.step_ns),
         horizon=chunk.horizon,
         action_names=list(chunk.action_names),
+        planner_id=chunk.planner_id,
         policy_id=chunk.policy_id,
         instruction=instruction,
         inference_time=to_duration(chunk.inference_ns),
@@ -133,11 +146,12 @@ def message_to_chunk(message: ActionChunkMsg) -> ActionChunk:
         latent=np.frombuffer(message.latent, np.float32),
         language=np.frombuffer(message.language, np.float32),
         policy_id=message.policy_id,
+        planner_id=message.planner_id,
         inference_ns=to_ns(message.inference_time),
     )
 
 
-def step_to_message(step: ControlStep, streams: tuple[str, ...], period_error_ns: int, missed: int) -> ControlStepMsg:
+def step_to_message(step: ControlStep, streams: tuple[str, ...], timing: StepTiming) -> ControlStepMsg:
     """Control step to its message; ``streams`` is the order of the ages."""
     ages = [step.ages_ns[name] / 1e9 if name in step.ages_ns else float("inf") for name in streams]
     message = ControlStepMsg(
@@ -149,8 +163,10 @@ def step_to_message(step: ControlStep, streams: tuple[str, ...], period_error_ns
         stream_names=list(streams),
         stream_ages_s=ages,
         head_time_s=step.head_ns / 1e9,
-        period_error_s=period_error_ns / 1e9,
-        missed_ticks=missed,
+        period_error_s=timing.period_error_ns / 1e9,
+        lateness_s=timing.lateness_ns / 1e9,
+        command_latency_s=timing.command_latency_ns / 1e9,
+        missed_ticks=timing.missed,
         chunk_delay_steps=float(step.chunk_delay_steps),
         state=int(step.state),
         reason=int(step.reason),
@@ -163,3 +179,14 @@ def step_to_message(step: ControlStep, streams: tuple[str, ...], period_error_ns
     if step.command is not None:
         message.command.frombytes(step.command.tobytes())
     return message
+
+
+def status_to_message(status: Status, node: str, hardware: str) -> DiagnosticStatus:
+    """A line of diagnostics to its message."""
+    return DiagnosticStatus(
+        level=bytes([status.level]),
+        name=f"{node}: {status.name}",
+        message=status.message,
+        hardware_id=hardware,
+        values=[KeyValue(key=key, value=value) for key, value in status.values.items()],
+    )

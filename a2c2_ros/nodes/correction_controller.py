@@ -1,30 +1,54 @@
 """Node ``correction_controller``: a fixed-rate tick that corrects the chunk's action with the newest observation."""
 
+import gc
 import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
 
-from rclpy.clock import ClockType
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import Clock, ClockType
+from std_msgs.msg import Bool
+from std_srvs.srv import SetBool
 
 from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import ControlStep, CorrectionLoop
-from a2c2_ros.core.errors import ChunkError
-from a2c2_ros.core.safety import State
-from a2c2_ros.core.timing import Tick, TickGrid
+from a2c2_ros.core.errors import ChunkError, StateError
+from a2c2_ros.core.health import LoopHealth
+from a2c2_ros.core.observation import Observation
+from a2c2_ros.core.safety import Reason, State, Verdict
+from a2c2_ros.core.timing import StepTiming, Tick, TickGrid
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.drivers.sinks import Sink, make_sink
 from a2c2_ros.heads.onnx_head import OnnxHead
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import ControlStep as ControlStepMsg
 from a2c2_ros.msg import PlannerStatus
-from a2c2_ros.nodes.conversions import message_to_chunk, step_to_message, to_ns
+from a2c2_ros.nodes.conversions import message_to_chunk, status_to_message, step_to_message, to_ns, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource
+from a2c2_ros.nodes.realtime import TickThread
 from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, NodeParameters, latched_qos, reliable_qos, run
 from a2c2_ros.paths import model_path
 
+GIL_SWITCH_INTERVAL_S = 0.0005
+"""A tick waits at most this long for a callback that is computing; Python's default of 5 ms is half a period."""
+DIAGNOSTICS_PERIOD_S = 1.0
+ANSWER_TIMEOUT_S = 5.0
+"""How long ~/enable waits for the control loop."""
+
 
 class CorrectionController(ManagedNode):
-    """Runs :class:`CorrectionLoop` on a timer of the ROS clock; everything happens on the executor's one thread.
+    """Runs :class:`CorrectionLoop` at every deadline of a grid on the ROS clock.
 
-    In lockstep the timer only says that a step is due; it runs when every input of that step has arrived.
+    In real time the loop belongs to a :class:`TickThread`; the executor's thread takes messages, parameters and
+    services, and hands over by :meth:`_post` what changes the loop. Nothing that may block (logging, loading) happens
+    in the tick: :meth:`_later` hands it to the executor. In lockstep everything is in the executor's thread: a timer
+    says that a step is due, and it runs when every input of that step has arrived.
     """
 
     def __init__(self) -> None:
@@ -35,13 +59,19 @@ class CorrectionController(ManagedNode):
         self._candidate_head: tuple[str, OnnxHead] | None = None
         self._settings = NodeParameters(self, ControllerConfig(), self._validate, self._apply)
         self._send: Sink | None = None
+        self._source: ObservationSource | None = None
+        self._thread: TickThread | None = None
         self._timer = None
+        self._posted: deque[Callable[[], None]] = deque()
+        self._postponed_work: deque[Callable[[], None]] = deque()
+        self._work_ready = self.create_guard_condition(self._do_postponed_work)
         self._due: Tick | None = None
-        self._postponed = 0
+        self._postponed_ticks = 0
         self._last_run_ns: int | None = None
         self._status: PlannerStatus | None = None
         self._newest_chunk_ns = 0
-        self._state: State | None = None
+        self._language: np.ndarray | None = None
+        self._verdict: tuple[State, Reason] | None = None
         if self._settings.value.autostart:
             self.autostart()
 
@@ -51,10 +81,14 @@ class CorrectionController(ManagedNode):
         head = self._load_head(config)
         self._loop = CorrectionLoop(config, self._profile.robot, head)
         self._grid = TickGrid(config.period_ns)
+        self._stream_names = tuple(self._profile.robot.streams)
         if self._send is None:  # the robot cannot change: what was made once serves every configuration
             self._send = make_sink(self, self._profile)
             self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
-        self._stream_names = tuple(self._profile.robot.streams)
+            self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", reliable_qos(10))
+            # A stop has to be heard in every state.
+            self.create_service(SetBool, "~/enable", self._on_enable)
+            self.create_subscription(Bool, "emergency_stop", self._on_emergency_stop, reliable_qos(10))
         clock = "simulated" if self.get_clock().ros_time_is_active else "system"
         self.get_logger().info(
             f"configured: robot {self._profile.robot.name}, {config.control_rate_hz:g} Hz on the {clock} clock, "
@@ -64,29 +98,59 @@ class CorrectionController(ManagedNode):
     def activate(self) -> None:
         config = self._settings.value
         assert self.get_clock().clock_type == ClockType.ROS_TIME
-        self._source = ObservationSource(self, self._profile, config.lockstep, self._log, self._run_if_ready)
+        prepare = None if config.lockstep else self._prepare
+        self._source = ObservationSource(self, self._profile, config.lockstep, self._log, self._run_if_ready, prepare)
         self._chunk_subscription = self.create_subscription(
             ActionChunkMsg, "action_chunk", self._on_chunk, latched_qos(2)
         )
-        self._status_subscription = None
+        self._health = LoopHealth(self._stream_names)
+        self._reported_s = time.monotonic()
+        self._diagnostics_timer = self.create_timer(
+            DIAGNOSTICS_PERIOD_S, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME)
+        )
+        # What exists now lives as long as the node: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
         if config.lockstep:
             self._status_subscription = self.create_subscription(
                 PlannerStatus, "planner_status", self._on_status, reliable_qos(10)
             )
-        self._timer = self.create_timer(config.period_ns / 1e9, self._on_timer, clock=self.get_clock())
+            self._timer = self.create_timer(config.period_ns / 1e9, self._on_timer, clock=self.get_clock())
+            return
+        sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
+        self._thread = TickThread(
+            self,
+            config.period_ns,
+            next_ns=lambda: self._grid.next_ns,
+            on_tick=self._on_deadline,
+            on_standstill=self._on_standstill,
+            standstill_s=lambda: self._settings.value.clock_timeout_s,
+            on_failure=lambda error: self._later(partial(self._give_up, error)),
+            priority=config.realtime__priority,
+        )
+        self.get_logger().info(f"control loop: {self._thread.scheduling}")
 
     def deactivate(self) -> None:
-        if self._timer is None:
+        if self._source is None:
             return
-        self.destroy_timer(self._timer)
-        self._timer = None
-        self._source.close()
-        self.destroy_subscription(self._chunk_subscription)
-        if self._status_subscription is not None:
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread = None
+        if self._timer is not None:
+            self.destroy_timer(self._timer)
+            self._timer = None
             self.destroy_subscription(self._status_subscription)
-        hold = self._loop.stop()
-        if hold is not None and self.context.ok():
-            self._send(hold, self.get_clock().now().nanoseconds)
+        self._take_posted()
+        observation = self._source.snapshot()
+        self._source.close()
+        self._source = None
+        self.destroy_timer(self._diagnostics_timer)
+        self.destroy_subscription(self._chunk_subscription)
+        for command in self._loop.stop(self._now_ns(observation), observation):
+            if self.context.ok():
+                self._send(command, self.get_clock().now().nanoseconds)
+                time.sleep(self._settings.value.period_ns / 1e9)
+        self._do_postponed_work()
 
     def cleanup(self) -> None:
         self._loop = None
@@ -94,6 +158,8 @@ class CorrectionController(ManagedNode):
     def close(self) -> None:
         """Stop working; the node is about to be destroyed."""
         self.deactivate()
+
+    # --- parameters and heads -----------------------------------------------------------------------------------
 
     def _load_head(self, config: ControllerConfig) -> OnnxHead | None:
         """The head of a configuration, checked against the robot, or None if correction is off and no head is named."""
@@ -119,78 +185,213 @@ class CorrectionController(ManagedNode):
         if self._candidate_head is not None and self._candidate_head[0] == config.correction__model_path:
             head = self._candidate_head[1]
         self._candidate_head = None
-        self._loop.configure(config, head)
+        self._post(lambda: self._loop.configure(config, head))
+
+    def _prepare(self, camera: str, image: np.ndarray) -> None:
+        """Runs on the source's preparation thread."""
+        head = self._loop.head
+        if head is not None and camera in head.manifest.cameras:
+            language = self._language
+            if language is None:
+                language = np.zeros(head.manifest.language_size, np.float32)
+            head.prepare(camera, image, language)
+
+    # --- between the threads ------------------------------------------------------------------------------------
+
+    def _post(self, change: Callable[[], None]) -> None:
+        """Change the loop: before its next tick if it has a thread, else now."""
+        if self._thread is None:
+            change()
+        else:
+            self._posted.append(change)
+
+    def _ask(self, change: Callable[[], Any]) -> Any:
+        """As :meth:`_post`, and wait for the result or exception."""
+        answer: Future = Future()
+
+        def run_it() -> None:
+            try:
+                answer.set_result(change())
+            except StateError as error:
+                answer.set_exception(error)
+
+        self._post(run_it)
+        return answer.result(timeout=ANSWER_TIMEOUT_S)
+
+    def _take_posted(self) -> None:
+        while self._posted:
+            self._posted.popleft()()
+
+    def _later(self, work: Callable[[], None]) -> None:
+        """Do what may block, as logging, on the executor's thread."""
+        self._postponed_work.append(work)
+        if self._thread is None:
+            self._do_postponed_work()
+        else:
+            self._work_ready.trigger()
+
+    def _do_postponed_work(self) -> None:
+        while self._postponed_work:
+            self._postponed_work.popleft()()
+
+    def _give_up(self, error: Exception) -> None:
+        raise error
+
+    # --- messages and services, on the executor's thread --------------------------------------------------------
+
+    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        if self._loop is None:
+            response.message = "not configured, allowed is to configure first"
+            return response
+        try:
+            self._ask(self._loop.enable if request.data else self._loop.disable)
+        except (StateError, TimeoutError) as error:
+            response.message = str(error) or "the control loop does not answer: does the clock stand still?"
+            return response
+        response.success = True
+        response.message = "enabled" if request.data else "disabled"
+        self.get_logger().info(f"{response.message} by ~/enable")
+        return response
+
+    def _on_emergency_stop(self, message: Bool) -> None:
+        if self._loop is not None:
+            self._post(lambda: self._loop.emergency_stop(message.data, self.get_clock().now().nanoseconds))
 
     def _on_chunk(self, message: ActionChunkMsg) -> None:
         try:
             chunk = message_to_chunk(message)
-            self._loop.install(chunk, self._now_ns())
         except ChunkError as error:
+            self._post(partial(self._loop.refused, error))
             self._log.problem("chunk", f"chunk refused: {error}")
         else:
-            self._log.fine("chunk")
+            self._post(lambda: self._install(chunk))
         self._newest_chunk_ns = max(self._newest_chunk_ns, to_ns(message.header.stamp))
         self._run_if_ready()
+
+    def _install(self, chunk) -> None:
+        try:
+            installed = self._loop.install(chunk, self._now_ns(self._source.snapshot()))
+        except ChunkError as error:
+            self._later(partial(self._log.problem, "chunk", f"chunk refused: {error}"))
+            return
+        if installed:
+            self._language = chunk.language
+            self._later(partial(self._log.fine, "chunk"))
 
     def _on_status(self, message: PlannerStatus) -> None:
         self._status = message
         self._run_if_ready()
 
-    def _now_ns(self) -> int:
+    def _now_ns(self, observation: Observation) -> int:
         """Time on the ROS clock; in lockstep sensor data may be ahead of ``/clock`` by the transport."""
         now = self.get_clock().now().nanoseconds
         if self._settings.value.lockstep:
-            now = max(now, *self._source.snapshot().stamps_ns.values(), 0)
+            now = max(now, *observation.stamps_ns.values(), 0)
         return now
 
-    def _on_timer(self) -> None:
-        now = self.get_clock().now().nanoseconds
-        tick = self._grid.tick(now)
+    def _publish_diagnostics(self) -> None:
+        now_s = time.monotonic()
+        statuses = self._health.report(
+            self._settings.value,
+            now_s - self._reported_s,
+            self._source.received,
+            self._log.counts,
+            self._loop.chunks.copy(),
+        )
+        self._reported_s = now_s
+        message = DiagnosticArray(
+            status=[status_to_message(s, self.get_name(), self._profile.robot.name) for s in statuses]
+        )
+        message.header.stamp = to_time(self.get_clock().now().nanoseconds)
+        self._diagnostics_publisher.publish(message)
+
+    # --- ticks --------------------------------------------------------------------------------------------------
+
+    def _on_deadline(self) -> None:
+        """Real time: a deadline has come; on the loop's thread."""
+        now_ns = self.get_clock().now().nanoseconds
+        tick = self._grid.tick(now_ns)
         if tick is None:
             return
-        if tick.jump_ns:
-            self._last_run_ns = None
-        if tick.jump_ns < 0:
-            self.get_logger().warning(f"the clock jumped back by {-tick.jump_ns / 1e9:.3f} s: starting afresh")
-            self._loop.reset()
-            self._source.clear()
-            self._status, self._newest_chunk_ns = None, 0
+        problem = self._clock_jumped(tick)
+        self._run(tick, self._source.snapshot(), now_ns, problem)
+
+    def _on_standstill(self) -> None:
+        """Real time: the simulated clock stands still; on the loop's thread."""
+        next_ns = self._grid.next_ns
+        if next_ns is None:
+            self._take_posted()
+            return
+        last_ns = next_ns - self._grid.period_ns
+        problem = Verdict(State.HOLDING, Reason.CLOCK_STOPPED)
+        self._last_run_ns = None
+        self._run(Tick(last_ns, 0, 0, 0), self._source.snapshot(), self.get_clock().now().nanoseconds, problem)
+
+    def _on_timer(self) -> None:
+        """Lockstep: a step is due; it runs when its inputs are there."""
+        tick = self._grid.tick(self.get_clock().now().nanoseconds)
+        if tick is None:
+            return
+        self._clock_jumped(tick)
         if self._due is not None and not tick.jump_ns:
-            self._postponed += 1
+            self._postponed_ticks += 1
         self._due = tick
         self._run_if_ready()
+
+    def _clock_jumped(self, tick: Tick) -> Verdict | None:
+        if tick.jump_ns:
+            self._last_run_ns = None
+        if tick.jump_ns >= 0:
+            return None
+        detail = f"the clock jumped back by {-tick.jump_ns / 1e9:.3f} s"
+        self._later(partial(self.get_logger().warning, f"{detail}: starting afresh"))
+        self._loop.forget()
+        self._source.clear()
+        self._status, self._newest_chunk_ns = None, 0
+        return Verdict(State.HOLDING, Reason.CLOCK_JUMPED, detail)
 
     def _run_if_ready(self) -> None:
         tick = self._due
         if tick is None:
             return
         observation = self._source.snapshot()
-        if self._settings.value.lockstep:
-            status = self._status
-            if (
-                status is None
-                or to_ns(status.header.stamp) != tick.t_tick_ns
-                or to_ns(status.chunk_stamp) > self._newest_chunk_ns
-                or not observation.synchronous_at(tick.t_tick_ns, self._profile.robot.streams)
-            ):
-                return
+        status = self._status
+        if (
+            status is None
+            or to_ns(status.header.stamp) != tick.t_tick_ns
+            or to_ns(status.chunk_stamp) > self._newest_chunk_ns
+            or not observation.synchronous_at(tick.t_tick_ns, self._profile.robot.streams)
+        ):
+            return
         self._due = None
-        started_ns = self.get_clock().now().nanoseconds
-        step = self._loop.tick(tick.t_tick_ns, observation)
+        self._run(tick, observation, self.get_clock().now().nanoseconds, None)
+
+    def _run(self, tick: Tick, observation: Observation, started_ns: int, problem: Verdict | None) -> None:
+        self._take_posted()
+        try:
+            step = self._loop.tick(tick.t_tick_ns, observation, problem)
+        except Exception as error:  # noqa: BLE001, a defect: the robot must come to its hold, commanded by the next tick
+            self._loop.fault(f"{type(error).__name__}: {error}")
+            text = f"a defect of the control loop:\n{traceback.format_exc()}"
+            self._later(partial(self._log.problem, "tick", text))
+            return
+        command_latency_ns = 0
         if step.command is not None:
             self._send(step.command, tick.t_tick_ns)
+            command_latency_ns = self.get_clock().now().nanoseconds - tick.t_tick_ns
+        missed, self._postponed_ticks = tick.missed + self._postponed_ticks, 0
         period_error_ns = 0
-        missed, self._postponed = tick.missed + self._postponed, 0
         if self._last_run_ns is not None:
             period_error_ns = started_ns - self._last_run_ns - (missed + 1) * self._settings.value.period_ns
         self._last_run_ns = started_ns
-        self._step_publisher.publish(step_to_message(step, self._stream_names, period_error_ns, missed))
-        self._log_edge(step)
+        timing = StepTiming(period_error_ns, started_ns - tick.t_tick_ns, command_latency_ns, missed)
+        self._step_publisher.publish(step_to_message(step, self._stream_names, timing))
+        self._health.add(step, timing)
+        if (step.state, step.reason) != self._verdict:
+            self._verdict = (step.state, step.reason)
+            self._later(partial(self._log_edge, step))
 
     def _log_edge(self, step: ControlStep) -> None:
-        if step.state == self._state:
-            return
-        self._state = step.state
         text = f"{step.state.name}: {step.reason.name}" + (f" ({step.detail})" if step.detail else "")
         # rclpy ties a severity to the line that logs: one line for both raises.
         if step.state >= State.HOLDING:

@@ -1,5 +1,6 @@
 """Subscriptions of a robot profile's sensor topics into an observation buffer."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -7,10 +8,11 @@ from geometry_msgs.msg import PoseStamped
 from rclpy.node import Node
 from sensor_msgs.msg import Image, JointState
 
-from a2c2_ros.core.errors import ObservationError
+from a2c2_ros.core.errors import HeadError, ObservationError
 from a2c2_ros.core.observation import Observation, ObservationBuffer
 from a2c2_ros.drivers.profile import CameraTopic, Profile
 from a2c2_ros.nodes.conversions import image_to_array, joint_state_to_array, pose_to_array, to_ns
+from a2c2_ros.nodes.realtime import LatestWorker
 from a2c2_ros.nodes.runtime import EdgeLog, sensor_qos
 
 
@@ -18,33 +20,48 @@ class ObservationSource:
     """Keeps the newest sample of every stream; a sample that is wrong is refused, counted and logged once.
 
     Args:
-        node: Owner of the subscriptions; its executor's thread makes every call.
+        node: Owner of the subscriptions.
         profile: The robot.
         lockstep: Subscribe reliably.
         log: Where problems go, one key per stream.
-        on_sample: Called after each accepted or repeated sample.
+        on_sample: Called after each accepted or repeated sample, by the executor's thread.
+        prepare: Called with camera and image before the image counts as arrived, in a thread of its own, for work that
+            is better done once per image than in the tick. An image that could not be begun in time is dropped.
     """
 
     def __init__(
-        self, node: Node, profile: Profile, lockstep: bool, log: EdgeLog, on_sample: Callable[[], None] = lambda: None
+        self,
+        node: Node,
+        profile: Profile,
+        lockstep: bool,
+        log: EdgeLog,
+        on_sample: Callable[[], None] = lambda: None,
+        prepare: Callable[[str, np.ndarray], None] | None = None,
     ) -> None:
         self._node = node
         self._log = log
         self._on_sample = on_sample
+        self._prepare = prepare
+        self._worker = None if prepare is None else LatestWorker(self._prepare_and_put)
         self._buffer = ObservationBuffer(profile.robot.streams)
-        qos = sensor_qos(lockstep)
-        self._subscriptions = [
-            node.create_subscription(
-                JointState,
-                profile.joint_states_topic,
-                lambda m: self._take("joint_position", m, lambda: joint_state_to_array(m, profile.joint_names)),
-                qos,
-            ),
-            node.create_subscription(
-                PoseStamped, profile.ee_pose_topic, lambda m: self._take("ee_pose", m, lambda: pose_to_array(m)), qos
-            ),
-            *(self._subscribe_camera(camera, qos) for camera in profile.cameras),
-        ]
+        self.received: Counter[str] = Counter()  # messages per stream, refused ones too
+        self._qos = sensor_qos(lockstep)
+        self._subscriptions = []
+        self._subscribe(
+            JointState,
+            profile.joint_states_topic,
+            "joint_position",
+            lambda m: joint_state_to_array(m, profile.joint_names),
+        )
+        if profile.ee_pose_topic is not None:
+            self._subscribe(PoseStamped, profile.ee_pose_topic, "ee_pose", pose_to_array)
+        for camera in profile.cameras:
+            self._subscribe(Image, camera.topic, camera.name, self._image_converter(camera), image=True)
+
+    @property
+    def dropped(self) -> int:
+        """Images that were replaced by a newer one before they were prepared."""
+        return 0 if self._worker is None else self._worker.dropped
 
     def snapshot(self) -> Observation:
         """The newest samples."""
@@ -59,20 +76,41 @@ class ObservationSource:
         for subscription in self._subscriptions:
             self._node.destroy_subscription(subscription)
         self._subscriptions.clear()
+        if self._worker is not None:
+            self._worker.stop()
 
-    def _subscribe_camera(self, camera: CameraTopic, qos):
-        return self._node.create_subscription(
-            Image,
-            camera.topic,
-            lambda m: self._take(camera.name, m, lambda: image_to_array(m, camera.height, camera.width)),
-            qos,
-        )
+    def _subscribe(
+        self, message_type: type, topic: str, stream: str, convert: Callable[..., np.ndarray], image: bool = False
+    ) -> None:
+        def take(message) -> None:
+            self.received[stream] += 1
+            if image and self._worker is not None:
+                self._worker.submit(stream, (message, convert))
+            elif self._put(stream, message, convert):
+                self._on_sample()
 
-    def _take(self, stream: str, message, convert: Callable[[], np.ndarray]) -> None:
+        self._subscriptions.append(self._node.create_subscription(message_type, topic, take, self._qos))
+
+    def _prepare_and_put(self, stream: str, item: tuple) -> None:
+        self._put(stream, *item)
+
+    def _put(self, stream: str, message, convert: Callable[..., np.ndarray]) -> bool:
         try:
-            self._buffer.put(stream, to_ns(message.header.stamp), convert())
+            self._buffer.put(stream, to_ns(message.header.stamp), convert(message))
         except ObservationError as error:
             self._log.problem(stream, f"sample of {stream} refused: {error}")
-            return
+            return False
         self._log.fine(stream)
-        self._on_sample()
+        return True
+
+    def _image_converter(self, camera: CameraTopic) -> Callable[[Image], np.ndarray]:
+        def convert(message: Image) -> np.ndarray:
+            image = image_to_array(message, camera.height, camera.width, camera.shape)
+            if self._prepare is not None:
+                try:
+                    self._prepare(camera.name, image)
+                except (HeadError, ObservationError) as error:  # the image is good; the tick will meet the same error
+                    self._log.problem("preparation", f"preparation of an image of {camera.name}: {error}")
+            return image
+
+        return convert

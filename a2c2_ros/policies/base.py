@@ -75,6 +75,7 @@ def infer_chunk(
     request: ChunkRequest,
     chunk_id: int,
     step_ns: int,
+    planner_id: str = "",
 ) -> ActionChunk:
     """Run a policy on an observation of a robot; the planner node and the evaluation both call this.
 
@@ -86,6 +87,7 @@ def infer_chunk(
         request: From the planner's schedule: stamp of the observation and seed.
         chunk_id: Number of the chunk.
         step_ns: Duration of a slot [ns].
+        planner_id: Which planner asks, unique to its start.
 
     Returns:
         The chunk, with the duration of the inference.
@@ -107,6 +109,7 @@ def infer_chunk(
         latent=output.latent,
         language=output.language,
         policy_id=policy.policy_id,
+        planner_id=planner_id,
         inference_ns=time.perf_counter_ns() - started_ns,
     )
 

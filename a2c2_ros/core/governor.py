@@ -1,0 +1,107 @@
+"""The last hand on every command: it starts from where the robot is, moves within the limits, and comes to a hold."""
+
+import numpy as np
+
+from a2c2_ros.core.limits import LimitFlag
+from a2c2_ros.core.robot import Robot
+
+
+class Governor:
+    """Knows the last command that was sent, so that the next differs from it by no more than the limits allow.
+
+    Args:
+        robot: Limits and safe command.
+        period_ns: Control period [ns].
+        halt_steps: Safe commands sent by :meth:`halt` after the hold was reached.
+    """
+
+    def __init__(self, robot: Robot, period_ns: int, halt_steps: int) -> None:
+        self._hold = robot.hold
+        self._limits = robot.limits.at(period_ns)
+        self._names = robot.action_names
+        self.halt_steps = halt_steps
+        self.reset()
+
+    @property
+    def silent(self) -> bool:
+        """True if the robot is under no command of this loop."""
+        return self._previous is None
+
+    @property
+    def arrived(self) -> bool:
+        """True if the last command is the target, or as near to it as the limits let it come."""
+        return bool(np.array_equal(self._limits.apply(self._target, self._previous)[0], self._previous))
+
+    def reset(self) -> None:
+        """Nothing was sent, or it no longer holds."""
+        self._previous: np.ndarray | None = None
+        self._target: np.ndarray | None = None
+        self._holding = False  # the last command was on the way to the target
+        self._approaching = False  # the target is where the robot was measured when its data came back
+        self._halted_steps = 0
+
+    def outside(self, measured: np.ndarray | None) -> str:
+        """Which channels are measured outside the limits by more than a step; empty if none, or for pose deltas."""
+        step = self._limits.largest_step
+        if self._hold.kind != "position" or measured is None or step is None:
+            return ""
+        lower, upper = self._limits.lower - step, self._limits.upper + step
+        wrong = (measured < lower) | (measured > upper)  # False for NaN: not measured
+        return ", ".join(f"{self._names[i]} is at {measured[i]:g}" for i in np.flatnonzero(wrong))
+
+    def approach(self, measured: np.ndarray | None) -> tuple[np.ndarray | None, LimitFlag] | None:
+        """Prepare the first motion after a hold or after silence.
+
+        A robot that nobody commanded starts from its measured state. An arm that was held goes first, once, to where it
+        is measured: it may not be where it was told to hold.
+
+        Args:
+            measured: (A,) measured position, NaN in channels without one; None if it is not known.
+
+        Returns:
+            None when :meth:`move` may be called, else the command on the way there, as of :meth:`hold`.
+        """
+        if self._previous is None:
+            seed = self._hold.seed(measured)
+            if seed is None:
+                return None, LimitFlag.NONE
+            self._previous = self._limits.clip(seed)
+            return None
+        if self._hold.kind == "delta" or not self._holding:
+            return None
+        if not self._approaching:
+            self._approaching = True
+            self._target = self._limits.clip(self._hold.target(self._previous, measured))
+        return None if self.arrived else self._towards_target()
+
+    def move(self, action: np.ndarray) -> tuple[np.ndarray, LimitFlag]:
+        """The command for an action after :meth:`approach`: (A,) float32 within the limits, and which changed it."""
+        self._holding = self._approaching = False
+        self._halted_steps = 0
+        self._previous, flags = self._limits.apply(action, self._previous)
+        return self._previous, flags
+
+    def hold(self, measured: np.ndarray | None) -> tuple[np.ndarray | None, LimitFlag]:
+        """The next command on the way to the safe one, or None if no command was ever sent.
+
+        Where holding began is kept: a hold that followed the measurement would sag.
+        """
+        if self._previous is None:
+            return None, LimitFlag.NONE
+        if not self._holding:
+            self._holding = True
+            self._target = self._limits.clip(self._hold.target(self._previous, measured))
+        self._approaching = False
+        return self._towards_target()
+
+    def halt(self, measured: np.ndarray | None) -> tuple[np.ndarray | None, LimitFlag]:
+        """As :meth:`hold`; after ``halt_steps`` commands in place the robot is released and nothing is sent."""
+        if self._holding and self.arrived:
+            self._halted_steps += 1
+            if self._halted_steps > self.halt_steps:
+                self.reset()
+        return self.hold(measured)
+
+    def _towards_target(self) -> tuple[np.ndarray, LimitFlag]:
+        self._previous, flags = self._limits.apply(self._target, self._previous)
+        return self._previous, flags
