@@ -71,3 +71,23 @@ def make_observation(stamp_ns: int) -> Observation:
 @pytest.fixture
 def robot() -> Robot:
     return make_robot()
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """See ros_bench; skipped without ROS."""
+    pytest.importorskip("rclpy")
+    from ros_bench import Bench
+
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture(scope="session")
+def manifest():
+    """Manifest of the shipped head."""
+    from a2c2_ros.heads.onnx_head import OnnxHead
+    from a2c2_ros.paths import model_path
+
+    return OnnxHead(model_path("compact_libero_spatial/head.onnx")).manifest

@@ -115,6 +115,8 @@ class CorrectionLoop:
         except ChunkError as error:
             self.refused(error)
             raise
+        if installed:
+            self._gate.follow(chunk)
         self.chunks["accepted" if installed else "duplicate"] += 1
         return installed
 

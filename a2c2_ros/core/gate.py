@@ -29,10 +29,10 @@ class ChunkGate:
         self._lower, self._upper = limits.lower - margin, limits.upper + margin
 
     def check(self, chunk: ActionChunk, now_ns: int) -> None:
-        """Let a chunk in.
+        """Check that a chunk may move the robot.
 
         Raises:
-            ChunkError: If it may not move the robot. ``code`` is names, implausible, future, expired or owner.
+            ChunkError: If it may not. ``code`` is names, implausible, future, expired or owner.
         """
         config, name = self._config, f"chunk {chunk.chunk_id}"
         if chunk.action_names != self._robot.action_names:
@@ -56,8 +56,7 @@ class ChunkGate:
                 f"{config.future_tolerance_s} s; are the clocks of the machines synchronised?",
                 "future",
             )
-        until_ns = min(chunk.t_end_ns, chunk.t_obs_ns + config.max_chunk_age_ns)
-        if until_ns <= now_ns:
+        if self._until_ns(chunk) <= now_ns:
             raise ChunkError(
                 f"{name}: it is used up, its observation is {-ahead_ns / 1e9:.3f} s old; is the planner slower than "
                 "its chunks last?",
@@ -69,9 +68,15 @@ class ChunkGate:
                 "planners running?",
                 "owner",
             )
+
+    def follow(self, chunk: ActionChunk) -> None:
+        """The chunk was taken: its planner is the one to follow."""
         self._owner = chunk.planner_id
-        self._owner_until_ns = max(self._owner_until_ns, until_ns)
+        self._owner_until_ns = max(self._owner_until_ns, self._until_ns(chunk))
 
     def reset(self) -> None:
         """Follow any planner."""
         self._owner, self._owner_until_ns = "", 0
+
+    def _until_ns(self, chunk: ActionChunk) -> int:
+        return min(chunk.t_end_ns, chunk.t_obs_ns + self._config.max_chunk_age_ns)

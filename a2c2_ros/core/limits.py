@@ -91,9 +91,9 @@ class Limits:
             previous: (A,) last command, inside the limits; None if there is none (no step limit then).
 
         Returns:
-            (A,) float32 command and what was limited. A step that is too large is scaled as a whole, so that the
-            direction of motion is kept; a channel that may not move at all (limit 0) stays and does not stop the
-            others. The position limit is applied per channel.
+            (A,) float32 command and what was limited. A step that is too large is scaled in all channels that have a
+            step limit, so that the direction of motion is kept; a channel that may not move at all (limit 0) stays and
+            does not stop the others. The position limit is applied per channel.
         """
         limited = self.clip(action)
         flags = LimitFlag.POSITION if (limited != action).any() else LimitFlag.NONE
@@ -107,9 +107,11 @@ class Limits:
         for limit, flag in ((self.step, LimitFlag.STEP), (self.velocity_step, LimitFlag.VELOCITY)):
             if limit is not None and (size > limit).any():
                 flags |= flag
-        scaled = (size > 0.0) & (largest > 0.0)
-        scale = float((largest[scaled] / size[scaled]).min(initial=1.0))
-        return self._step_within(previous, np.copysign(np.minimum(size * scale, largest), delta)), flags
+        together = np.isfinite(largest)
+        bound = together & (size > 0.0) & (largest > 0.0)
+        scale = float((largest[bound] / size[bound]).min(initial=1.0))
+        step = np.where(together, np.minimum(size * scale, largest), size)
+        return self._step_within(previous, np.copysign(step, delta)), flags
 
     def _step_within(self, previous: np.ndarray, delta: np.ndarray) -> np.ndarray:
         """The float32 command nearest to ``previous + delta`` within it: rounding must not add to a step."""

@@ -57,7 +57,7 @@ class HeadManifest:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ManifestError(f"{origin}: the manifest is not JSON: {error}") from error
         if not isinstance(data, dict):
             raise ManifestError(f"{origin}: the manifest is a {type(data).__name__}, allowed is a JSON object")

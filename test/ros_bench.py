@@ -1,0 +1,109 @@
+"""A controller or planner process, and a node of the test that plays the robot's drivers."""
+
+import numpy as np
+from a2c2_ros.msg import ActionChunk, ControlStep
+from geometry_msgs.msg import PoseStamped
+from rcl_interfaces.msg import ParameterType
+from rclpy.parameter import Parameter
+from rclpy.parameter_client import AsyncParameterClient
+from ros_system import Peer, System
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import String
+
+from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state, array_to_pose, to_duration, to_time
+from a2c2_ros.nodes.runtime import latched_qos, reliable_qos, sensor_qos
+from a2c2_ros.sim import conventions
+
+HEAD = "compact_libero_spatial/head.onnx"
+
+
+class Bench:
+    """A system, and a node of the test on its domain that plays the robot's drivers."""
+
+    def __init__(self, folder):
+        self.system = System(folder)
+        self._peer = Peer(self.system)
+        self.node = self._peer.node
+        qos = sensor_qos(lockstep=False)
+        self.cameras = {n: self.node.create_publisher(Image, f"{n}/image", qos) for n in conventions.CAMERAS}
+        self.joints = self.node.create_publisher(JointState, "joint_states", qos)
+        self.pose = self.node.create_publisher(PoseStamped, "ee_pose", qos)
+        self.chunks = self.node.create_publisher(ActionChunk, "action_chunk", latched_qos(2))
+        self.instruction = self.node.create_publisher(String, "instruction", latched_qos(1))
+        self._chunk_id = 0
+        self.steps = []
+        self.received_chunks = []
+        self.node.create_subscription(ControlStep, "control_step", self.steps.append, reliable_qos(1000))
+        self.image = np.zeros((128, 128, 3), np.uint8)
+        self.node.create_timer(0.04, self.publish_sensors)
+
+    def publish_sensors(self):
+        now = self.now_ns()
+        for name, publisher in self.cameras.items():
+            publisher.publish(array_to_image(self.image, now, name))
+        self.joints.publish(array_to_joint_state(np.zeros(9), conventions.JOINT_NAMES, now))
+        self.pose.publish(array_to_pose(np.array([0, 0, 1.0, 1, 0, 0, 0]), now, "world"))
+
+    def now_ns(self):
+        return self.node.get_clock().now().nanoseconds
+
+    def chunk(self, manifest, **changes):
+        self._chunk_id += 1
+        message = ActionChunk(
+            chunk_id=self._chunk_id,
+            step=to_duration(50_000_000),
+            horizon=50,
+            policy_id=manifest.policy_id,
+            action_names=list(conventions.ACTION_NAMES),
+        )
+        message.header.stamp = to_time(self.now_ns())
+        message.actions = [0.1] * 350
+        message.latent = [0.0] * manifest.latent_size
+        message.language = [0.0] * manifest.language_size
+        for name, value in changes.items():
+            setattr(message, name, value)
+        self.chunks.publish(message)
+
+    def spin_until(self, condition, what, timeout_s=60.0):
+        self._peer.spin_until(condition, what, timeout_s)
+
+    def spin_for(self, duration_s, what):
+        end = self.now_ns() + round(duration_s * 1e9)
+        self.spin_until(lambda: self.now_ns() > end, what)
+
+    def set_parameter(self, node, name, value):
+        """(accepted, reason)"""
+        client = AsyncParameterClient(self.node, node)
+        future = client.set_parameters([Parameter(name, value=value)])
+        self.spin_until(future.done, f"{name} of {node}")
+        result = future.result().results[0]
+        return result.successful, result.reason
+
+    def get_parameter(self, node, name):
+        client = AsyncParameterClient(self.node, node)
+        future = client.get_parameters([name])
+        self.spin_until(future.done, f"{name} of {node}")
+        value = future.result().values[0]
+        return {
+            ParameterType.PARAMETER_INTEGER: value.integer_value,
+            ParameterType.PARAMETER_BOOL: value.bool_value,
+            ParameterType.PARAMETER_STRING: value.string_value,
+        }[value.type]
+
+    def wait_for_log(self, node, text):
+        self.spin_until(lambda: text in self.system.log(node), f"{text!r} in the log of {node}")
+
+    def wait_for_state(self, state, reason=None):
+        """The next step in this state, for this reason if one is given."""
+        since = len(self.steps)
+
+        def found():
+            return next((s for s in self.steps[since:] if s.state == state and reason in (None, s.reason)), None)
+
+        self.spin_until(lambda: found() is not None, f"state {state}")
+        return found()
+
+    def close(self):
+        codes = self.system.close()
+        self._peer.close()
+        return codes

@@ -1,0 +1,96 @@
+"""The controller process: who may move the robot, what its diagnostics say, and what a clock that stops does."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+
+from a2c2_ros.msg import ControlStep
+from diagnostic_msgs.msg import DiagnosticArray
+from rosgraph_msgs.msg import Clock
+from std_msgs.msg import Bool
+from std_srvs.srv import SetBool
+
+from a2c2_ros.core.safety import Reason
+from a2c2_ros.nodes.conversions import to_time
+from a2c2_ros.nodes.runtime import reliable_qos
+
+
+def enable(bench, value: bool) -> SetBool.Response:
+    client = bench.node.create_client(SetBool, "correction_controller/enable")
+    bench.spin_until(client.service_is_ready, "service enable")
+    future = client.call_async(SetBool.Request(data=value))
+    bench.spin_until(future.done, "answer of enable")
+    return future.result()
+
+
+@pytest.mark.timeout(150)
+def test_enable_emergency_stop_and_diagnostics(bench, manifest):
+    bench.system.start("correction_controller", start_state="disabled", halt_steps=3)
+    diagnostics = []
+    bench.node.create_subscription(DiagnosticArray, "/diagnostics", diagnostics.append, reliable_qos(10))
+    stop = bench.node.create_publisher(Bool, "emergency_stop", reliable_qos(10))
+    stopped = bench.wait_for_state(ControlStep.STOPPED, Reason.DISABLED)
+    bench.chunk(manifest)
+    bench.spin_for(0.3, "ticks with a chunk")
+    assert bench.steps[-1].state == ControlStep.STOPPED and len(stopped.command) == 0
+    assert enable(bench, True).success
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+
+    bench.spin_until(lambda: stop.get_subscription_count() == 1, "the controller's subscription")
+    stop.publish(Bool(data=True))
+    halted = bench.wait_for_state(ControlStep.STOPPED, Reason.EMERGENCY_STOP)
+    assert not np.any(halted.command[:6]), "no motion"
+    refused = enable(bench, True)
+    assert not refused.success and "pressed" in refused.message
+    stop.publish(Bool(data=False))
+    bench.spin_for(0.3, "ticks after the release")
+    assert bench.steps[-1].state == ControlStep.STOPPED and len(bench.steps[-1].command) == 0, "silent by now"
+    assert enable(bench, True).success
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+    assert enable(bench, False).success
+    bench.wait_for_state(ControlStep.STOPPED, Reason.DISABLED)
+
+    before = len(diagnostics)
+    bench.spin_until(lambda: len(diagnostics) > before + 1, "diagnostics")
+    lines = {line.name: line for line in diagnostics[-1].status}
+    assert set(lines) == {f"correction_controller: {n}" for n in ("timing", "observations", "chunk", "state")}
+    values = {v.key: v.value for line in lines.values() for v in line.values}
+    assert values["state"] == "STOPPED" and int(values["agentview.received"]) > 10
+    assert 15 < float(values["rate [Hz]"]) < 25
+    ticks = sum(int(v) for key, v in values.items() if key.startswith("ticks ") and key.split()[1].isupper())
+    assert ticks == int(values["ticks since start"])
+    assert bench.system.stop("correction_controller") == 0
+
+
+@pytest.mark.timeout(150)
+def test_a_simulated_clock_that_stops_holds_and_one_that_goes_back_starts_afresh(bench, manifest):
+    clock = bench.node.create_publisher(Clock, "/clock", reliable_qos(10))
+    simulated = {"now_ns": 100_000_000_000, "runs": True}
+
+    def advance():
+        if simulated["runs"]:
+            simulated["now_ns"] += 20_000_000
+            clock.publish(Clock(clock=to_time(simulated["now_ns"])))
+
+    bench.node.create_timer(0.02, advance)
+    bench.now_ns = lambda: simulated["now_ns"]
+    bench.system.start("correction_controller", use_sim_time=True, clock_timeout_s=0.2, rearm_after_s=0.0)
+    bench.wait_for_state(ControlStep.WAITING)
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+    simulated["runs"] = False
+    held = bench.wait_for_state(ControlStep.HOLDING, Reason.CLOCK_STOPPED)
+    assert not np.any(held.command[:6])
+    simulated["runs"] = True
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+    simulated["now_ns"] -= 30_000_000_000
+    bench.wait_for_state(ControlStep.HOLDING, Reason.CLOCK_JUMPED)
+    bench.wait_for_log("correction_controller", "the clock jumped back by")
+    bench.wait_for_state(ControlStep.HOLDING, Reason.NO_CHUNK)
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+    assert bench.system.stop("correction_controller") == 0
