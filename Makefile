@@ -15,6 +15,12 @@ sim: setup ## Run LIBERO with planner and controller: make sim ARGS="task:=0 epi
 test: setup lint ## Lint and run the tests: make test ARGS="-k slot"
 	@. tools/env.sh; pytest -x $(ARGS)
 
+bench: setup ## Measure the control loop's timing beside a straightforward one (10 minutes): results/bench.json
+	@. tools/env.sh; exec python -m a2c2_ros.benchmark.timing $(ARGS)
+
+faults: setup ## Try every fault on the real nodes and 10,000 at random on the core (10 minutes): results/faults.json
+	@. tools/env.sh; exec python -m a2c2_ros.faults $(ARGS)
+
 lint: setup ## Check the style
 	@. tools/env.sh; ruff check
 
@@ -25,4 +31,4 @@ lock: ## Resolve requirements*.in into the lock files (UPGRADE=1: newest version
 clean: ## Remove what was built; the virtual environment and runs/ stay
 	rm -rf build install log .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup sim test lint lock clean
+.PHONY: help setup sim test bench faults lint lock clean
