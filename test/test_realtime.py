@@ -1,0 +1,135 @@
+"""The threads of the control loop, on a clock that the test moves."""
+
+import queue
+import threading
+
+import pytest
+
+rclpy = pytest.importorskip("rclpy")
+
+from rclpy.time import Time
+
+from a2c2_ros.core.timing import TickGrid
+from a2c2_ros.nodes.realtime import LatestWorker, TickThread, become_realtime
+
+PERIOD_NS = 10_000_000
+WAIT_S = 20.0
+
+
+class Loop:
+    """A tick thread whose calls the test awaits."""
+
+    def __init__(self, standstill_s=1000.0, on_tick=None):
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context, domain_id=99)
+        self.node = rclpy.create_node("clocked", context=self.context, use_global_arguments=False)
+        self.clock = self.node.get_clock()
+        self.clock._set_ros_time_is_active(True)
+        self.grid = TickGrid(PERIOD_NS)
+        self.ticks, self.standstills, self.failures = [], [], []
+        self.called = threading.Condition()
+        self.thread = TickThread(
+            self.node,
+            PERIOD_NS,
+            lambda: self.grid.next_ns,
+            on_tick or self.on_tick,
+            lambda: self.note(self.standstills, None),
+            lambda: standstill_s,
+            lambda error: self.note(self.failures, error),
+            priority=0,
+        )
+
+    def on_tick(self):
+        self.note(self.ticks, self.grid.tick(self.clock.now().nanoseconds))
+
+    def note(self, calls, value):
+        with self.called:
+            calls.append(value)
+            self.called.notify()
+
+    def wait(self, condition):
+        with self.called:
+            assert self.called.wait_for(condition, WAIT_S)
+
+    def set_time(self, ns):
+        self.clock.set_ros_time_override(Time(nanoseconds=ns, clock_type=self.clock.clock_type))
+
+    def close(self):
+        self.thread.stop()
+        self.node.destroy_node()
+        rclpy.shutdown(context=self.context)
+
+
+@pytest.fixture
+def loop():
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+def test_ticks_follow_the_ros_clock_skip_what_was_missed_and_see_it_go_back(loop):
+    t0 = 5_000_000_000
+    for n, expected in ((0, 0), (1, 0), (2, 0), (5, 2), (6, 0)):
+        seen = len(loop.ticks)
+        loop.set_time(t0 + n * PERIOD_NS)
+        loop.wait(lambda seen=seen: len(loop.ticks) > seen)
+        assert (loop.ticks[-1].t_tick_ns, loop.ticks[-1].missed) == (t0 + n * PERIOD_NS, expected)
+    loop.set_time(t0 + 6 * PERIOD_NS + PERIOD_NS // 2)
+    loop.set_time(t0 + 7 * PERIOD_NS)
+    loop.wait(lambda: loop.ticks[-1].t_tick_ns == t0 + 7 * PERIOD_NS)
+    assert len(loop.ticks) == 6, "no tick before its time"
+    loop.set_time(t0 - 3 * PERIOD_NS)
+    loop.wait(lambda: loop.ticks[-1].jump_ns < 0)
+
+
+def test_a_clock_that_stands_still_is_reported_and_never_started_is_too():
+    loop = Loop(standstill_s=0.0)
+    try:
+        loop.wait(lambda: len(loop.standstills) > 2)
+        assert not loop.ticks
+        loop.set_time(5_000_000_000)
+        loop.wait(lambda: loop.ticks)
+    finally:
+        loop.close()
+
+
+def test_an_exception_in_the_tick_reaches_the_owner():
+    def fail():
+        raise ValueError("broken")
+
+    loop = Loop(on_tick=fail)
+    try:
+        loop.set_time(5_000_000_000)
+        loop.wait(lambda: loop.failures)
+        assert str(loop.failures[0]) == "broken"
+    finally:
+        loop.close()
+
+
+def test_only_the_newest_item_of_each_key_is_worked_on():
+    done, begun, go_on = queue.Queue(), threading.Event(), threading.Event()
+
+    def work(key, item):
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        done.put((key, item))
+
+    worker = LatestWorker(work)
+    worker.submit("a", 1)
+    assert begun.wait(WAIT_S)
+    for item in (2, 3, 4):
+        worker.submit("a", item)
+    worker.submit("b", 5)
+    go_on.set()
+    assert [done.get(timeout=WAIT_S) for _ in range(3)] == [("a", 1), ("a", 4), ("b", 5)]
+    worker.stop()
+    assert worker.dropped == 2
+
+
+def test_real_time_scheduling_is_asked_for_and_its_absence_tolerated():
+    assert "not asked for" in become_realtime(0)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(become_realtime(1)))
+    thread.start()
+    thread.join()
+    assert answers[0].startswith(("SCHED_FIFO priority 1", "no real-time priority ("))
