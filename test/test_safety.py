@@ -8,8 +8,9 @@ from conftest import NAMES, STEP_NS, make_chunk, make_observation, make_robot
 
 from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import CorrectionLoop
-from a2c2_ros.core.errors import ChunkError, HeadError, StateError
+from a2c2_ros.core.errors import ChunkError, HeadError, ObservationError, StateError
 from a2c2_ros.core.health import Level, LoopHealth
+from a2c2_ros.core.observation import ObservationBuffer
 from a2c2_ros.core.safety import HoldPolicy, Reason, State, Verdict
 from a2c2_ros.core.timing import StepTiming
 
@@ -228,6 +229,21 @@ def test_one_planner_at_a_time_and_a_new_one_takes_over_when_the_old_is_used_up(
     assert arm.loop.chunks == {"accepted": 3, "owner": 1, "number": 1}
 
 
+def test_a_hold_does_not_believe_an_impossible_measurement():
+    arm = Arm()
+    last = arm.ticks(3)[-1].command
+    arm.measured = np.array([1e30, last[1]])
+    arm.loop.disable()
+    assert np.array_equal(arm.tick(follow=False).command, last)
+
+
+def test_a_sample_from_the_future_is_refused_and_does_not_block_its_stream():
+    buffer = ObservationBuffer(make_robot().streams)
+    with pytest.raises(ObservationError, match="future"):
+        buffer.put("joints", T0 + 2, np.zeros(2), latest_ns=T0 + 1)
+    assert buffer.put("joints", T0, np.zeros(2), latest_ns=T0 + 1)
+
+
 class Head:
     def __init__(self, residual=(0.0, 0.0, 0.0), error=None):
         self.residual, self.error, self.calls = np.array(residual, np.float32), error, 0
@@ -250,8 +266,16 @@ class Head:
 )
 def test_a_failing_head_leaves_the_base_action_or_holds_as_the_parameter_says(head, reason):
     assert outcome(Arm(head=head).tick()) == (State.BASE_ONLY, reason)
-    step = Arm(head=head, correction__on_failure="hold").tick()
-    assert outcome(step) == (State.HOLDING, reason)
+    arm = Arm(head=head, correction__on_failure="hold")
+    arm.loop.configure(dataclasses.replace(arm.loop.config, correction__enabled=False), head)
+    arm.tick()
+    arm.loop.configure(dataclasses.replace(arm.loop.config, correction__enabled=True), head)
+    steps = []
+    for _ in range(5):
+        arm.measured = arm.measured - 0.01  # sags a little below what is commanded
+        steps.append(arm.tick())
+    assert {outcome(step) for step in steps} == {(State.HOLDING, reason)}
+    assert len({step.command.tobytes() for step in steps}) == 1, "the hold does not follow the measurement"
 
 
 def test_a_late_head_rests_and_is_tried_again():

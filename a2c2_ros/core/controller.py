@@ -233,13 +233,14 @@ class CorrectionLoop:
             if outside:
                 held = Verdict(State.HOLDING, Reason.OUTSIDE_LIMITS, outside)
         if held is None:
-            approach = self._governor.approach(measured)
-            if approach is not None:
-                step.verdict = Verdict(State.HOLDING, Reason.REARMING)
-                return approach
+            # The head is asked before the approach: a head that fails must find the arm holding, not underway.
             step.verdict = self._correct(step, t_tick_ns, observation)
             if step.verdict.state in MOVING:
-                return self._governor.move(step.action)
+                approach = self._governor.approach(measured)
+                if approach is None:
+                    return self._governor.move(step.action)
+                step.verdict = Verdict(State.HOLDING, Reason.REARMING)
+                return approach
             held = step.verdict
         step.verdict = held
         return self._governor.hold(measured)

@@ -42,12 +42,20 @@ class Governor:
 
     def outside(self, measured: np.ndarray | None) -> str:
         """Which channels are measured outside the limits by more than a step; empty if none, or for pose deltas."""
-        step = self._limits.largest_step
-        if self._hold.kind != "position" or measured is None or step is None:
+        if measured is None or self._hold.kind != "position":
             return ""
-        lower, upper = self._limits.lower - step, self._limits.upper + step
-        wrong = (measured < lower) | (measured > upper)  # False for NaN: not measured
-        return ", ".join(f"{self._names[i]} is at {measured[i]:g}" for i in np.flatnonzero(wrong))
+        return ", ".join(f"{self._names[i]} is at {measured[i]:g}" for i in np.flatnonzero(self._is_outside(measured)))
+
+    def _is_outside(self, measured: np.ndarray) -> np.ndarray:
+        step = self._limits.largest_step
+        margin = np.zeros(len(self._names)) if step is None else np.where(np.isfinite(step), step, 0.0)
+        # False for NaN: not measured.
+        return (measured < self._limits.lower - margin) | (measured > self._limits.upper + margin)
+
+    def _set_target(self, measured: np.ndarray | None) -> None:
+        if measured is not None:  # what cannot be true is not measured: the arm must not be driven to its limit by it
+            measured = np.where(self._is_outside(measured), np.nan, measured)
+        self._target = self._limits.clip(self._hold.target(self._previous, measured))
 
     def approach(self, measured: np.ndarray | None) -> tuple[np.ndarray | None, LimitFlag] | None:
         """Prepare the first motion after a hold or after silence.
@@ -71,7 +79,7 @@ class Governor:
             return None
         if not self._approaching:
             self._approaching = True
-            self._target = self._limits.clip(self._hold.target(self._previous, measured))
+            self._set_target(measured)
         return None if self.arrived else self._towards_target()
 
     def move(self, action: np.ndarray) -> tuple[np.ndarray, LimitFlag]:
@@ -90,7 +98,7 @@ class Governor:
             return None, LimitFlag.NONE
         if not self._holding:
             self._holding = True
-            self._target = self._limits.clip(self._hold.target(self._previous, measured))
+            self._set_target(measured)
         self._approaching = False
         return self._towards_target()
 

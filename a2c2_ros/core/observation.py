@@ -46,19 +46,22 @@ class ObservationBuffer:
     streams: Mapping[str, StreamSpec]
     _samples: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
 
-    def put(self, stream: str, stamp_ns: int, value: np.ndarray) -> bool:
+    def put(self, stream: str, stamp_ns: int, value: np.ndarray, latest_ns: int | None = None) -> bool:
         """Take a sample.
 
         Args:
             stream: Name of a declared stream.
             stamp_ns: When it was measured [ns]; 0 means that the driver did not say, and is refused.
             value: Array of the declared shape and dtype. It is not copied: the caller must not change it later.
+            latest_ns: Largest stamp that is taken [ns], None for any. A sample from the future would count as fresh
+                when its time comes, however old it is then.
 
         Returns:
             False if a sample at least as new is here already. If the clock jumped back, everything older is forgotten.
 
         Raises:
-            ObservationError: On an unknown stream, a wrong shape or dtype, a value that is not finite or no stamp.
+            ObservationError: On an unknown stream, a wrong shape or dtype, a value that is not finite, no stamp, or one
+                from the future.
         """
         spec = self.streams.get(stream)
         if spec is None:
@@ -71,6 +74,11 @@ class ObservationBuffer:
             raise ObservationError(f"stream {stream!r} delivered a value that is not finite")
         if stamp_ns <= 0:
             raise ObservationError(f"stream {stream!r} has stamp {stamp_ns} ns, allowed is a time after 0")
+        if latest_ns is not None and stamp_ns > latest_ns:
+            raise ObservationError(
+                f"stream {stream!r} has a stamp {(stamp_ns - latest_ns) / 1e9:.3f} s further in the future than is "
+                "tolerated; are the clocks of the machines synchronised?"
+            )
         newest, _ = self._samples.get(stream, (0, None))
         if stamp_ns < newest - CLOCK_JUMP_NS:
             self.clear()

@@ -99,7 +99,15 @@ class CorrectionController(ManagedNode):
         config = self._settings.value
         assert self.get_clock().clock_type == ClockType.ROS_TIME
         prepare = None if config.lockstep else self._prepare
-        self._source = ObservationSource(self, self._profile, config.lockstep, self._log, self._run_if_ready, prepare)
+        self._source = ObservationSource(
+            self,
+            self._profile,
+            config.lockstep,
+            self._log,
+            self._run_if_ready,
+            prepare,
+            lambda: self._settings.value.future_tolerance_ns,
+        )
         self._chunk_subscription = self.create_subscription(
             ActionChunkMsg, "action_chunk", self._on_chunk, latched_qos(2)
         )
@@ -210,13 +218,19 @@ class CorrectionController(ManagedNode):
         answer: Future = Future()
 
         def run_it() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
             try:
                 answer.set_result(change())
             except StateError as error:
                 answer.set_exception(error)
 
         self._post(run_it)
-        return answer.result(timeout=ANSWER_TIMEOUT_S)
+        try:
+            return answer.result(timeout=ANSWER_TIMEOUT_S)
+        except TimeoutError:
+            answer.cancel()  # the person is told that it did not happen, so it must not happen later
+            raise
 
     def _take_posted(self) -> None:
         while self._posted:

@@ -8,6 +8,7 @@ from geometry_msgs.msg import PoseStamped
 from rclpy.node import Node
 from sensor_msgs.msg import Image, JointState
 
+from a2c2_ros.core.config import FUTURE_TOLERANCE_S
 from a2c2_ros.core.errors import HeadError, ObservationError
 from a2c2_ros.core.observation import Observation, ObservationBuffer
 from a2c2_ros.drivers.profile import CameraTopic, Profile
@@ -27,6 +28,7 @@ class ObservationSource:
         on_sample: Called after each accepted or repeated sample, by the executor's thread.
         prepare: Called with camera and image before the image counts as arrived, in a thread of its own, for work that
             is better done once per image than in the tick. An image that could not be begun in time is dropped.
+        future_tolerance_ns: How far a stamp may lie in the future [ns]; not used in lockstep.
     """
 
     def __init__(
@@ -37,8 +39,11 @@ class ObservationSource:
         log: EdgeLog,
         on_sample: Callable[[], None] = lambda: None,
         prepare: Callable[[str, np.ndarray], None] | None = None,
+        future_tolerance_ns: Callable[[], int] = lambda: round(FUTURE_TOLERANCE_S * 1e9),
     ) -> None:
         self._node = node
+        self._lockstep = lockstep
+        self._future_tolerance_ns = future_tolerance_ns
         self._log = log
         self._on_sample = on_sample
         self._prepare = prepare
@@ -96,7 +101,10 @@ class ObservationSource:
 
     def _put(self, stream: str, message, convert: Callable[..., np.ndarray]) -> bool:
         try:
-            self._buffer.put(stream, to_ns(message.header.stamp), convert(message))
+            latest_ns = None
+            if not self._lockstep:  # there, sensor data may be ahead of /clock by the transport
+                latest_ns = self._node.get_clock().now().nanoseconds + self._future_tolerance_ns()
+            self._buffer.put(stream, to_ns(message.header.stamp), convert(message), latest_ns)
         except ObservationError as error:
             self._log.problem(stream, f"sample of {stream} refused: {error}")
             return False

@@ -110,8 +110,8 @@ class TickThread:
                 if deadline_ns is None:
                     return True
                 remaining_ns = deadline_ns - now_ns
-                # A deadline is at most a period away: more means that the clock went back.
-                if remaining_ns <= 0 or remaining_ns > self._period_ns + self._period_ns // 2:
+                # A deadline is at most a period away; TickGrid takes a period more for a clock that went back.
+                if remaining_ns <= 0 or remaining_ns >= 2 * self._period_ns:
                     return True
             if not simulated:
                 time.sleep(min(remaining_ns / 1e9, LONGEST_SLEEP_S))
