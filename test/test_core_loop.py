@@ -157,6 +157,15 @@ def test_missed_ticks_are_skipped_and_counted_and_jumps_start_afresh():
     assert grid.tick(T0 + 10**10).jump_ns == 10**10
 
 
+def test_a_process_that_stood_still_missed_ticks_and_its_clock_did_not_jump():
+    grid = TickGrid(STEP_NS)
+    grid.tick(T0, steady_ns=7)
+    stalled = grid.tick(T0 + 100 * STEP_NS, steady_ns=7 + 100 * STEP_NS)
+    assert (stalled.missed, stalled.jump_ns) == (99, 0)
+    jumped = grid.tick(T0 + 200 * STEP_NS, steady_ns=7 + 101 * STEP_NS)
+    assert (jumped.missed, jumped.jump_ns) == (0, 100 * STEP_NS)
+
+
 def test_first_chunk_is_due_at_once_and_a_gap_starts_cold():
     schedule = PlannerSchedule(PlannerConfig(horizon=8, execution_horizon=4, inference_delay=2))
     first = schedule.next_request(T0)

@@ -31,33 +31,41 @@ class TickGrid:
 
     Ticks lie on ``origin + n·period``. A tick that fires early or late belongs to the nearest point of the grid that
     was not used yet; a missed tick is skipped and counted, never bunched. A step of the clock backwards, or forwards by
-    more than ``jump_ns``, is a jump: the next tick starts afresh.
+    more than ``jump_ns``, is a jump: the next tick starts afresh. With a steady clock beside it, time in which the
+    process did not run is told from a jump.
     """
 
     def __init__(self, period_ns: int, jump_ns: int = 1_000_000_000) -> None:
         self.period_ns = period_ns
         self._jump_ns = jump_ns
-        self._origin_ns: int | None = None
         self._last_ns: int | None = None
+        self._last_steady_ns: int | None = None
 
     @property
     def next_ns(self) -> int | None:
         """Scheduled time of the next tick [ns], None before the first."""
         return None if self._last_ns is None else self._last_ns + self.period_ns
 
-    def tick(self, now_ns: int) -> Tick | None:
-        """The tick that is due now, or None if its point of the grid was used already."""
-        if self._origin_ns is None or self._last_ns is None:
-            self._origin_ns = self._last_ns = now_ns
+    def tick(self, now_ns: int, steady_ns: int | None = None) -> Tick | None:
+        """The tick that is due now, or None if its point of the grid was used already.
+
+        Args:
+            now_ns: Time on the ROS clock [ns].
+            steady_ns: Time on a clock that never jumps [ns]; None if time is simulated.
+        """
+        if self._last_ns is None:
+            self._last_ns, self._last_steady_ns = now_ns, steady_ns
             return Tick(now_ns, 0, 0, jump_ns=0)
         since_last = now_ns - self._last_ns
-        if since_last <= -self.period_ns or since_last > self._jump_ns:
-            self._origin_ns = self._last_ns = now_ns
+        passed_ns = 0 if None in (steady_ns, self._last_steady_ns) else steady_ns - self._last_steady_ns
+        if since_last <= -self.period_ns or since_last - passed_ns > self._jump_ns:
+            self._last_ns, self._last_steady_ns = now_ns, steady_ns
             return Tick(now_ns, 0, 0, jump_ns=since_last)
         steps = (since_last + self.period_ns // 2) // self.period_ns
         if steps <= 0:
             return None
         self._last_ns += steps * self.period_ns
+        self._last_steady_ns = steady_ns
         return Tick(self._last_ns, now_ns - self._last_ns, steps - 1, jump_ns=0)
 
 

@@ -1,18 +1,22 @@
 """Node ``correction_controller``: a fixed-rate tick that corrects the chunk's action with the newest observation."""
 
+import dataclasses
 import gc
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future as ConcurrentFuture
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
+from rclpy.task import Future
 from std_msgs.msg import Bool
 from std_srvs.srv import SetBool
 
@@ -32,7 +36,15 @@ from a2c2_ros.msg import PlannerStatus
 from a2c2_ros.nodes.conversions import message_to_chunk, status_to_message, step_to_message, to_ns, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource
 from a2c2_ros.nodes.realtime import TickThread
-from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, NodeParameters, latched_qos, reliable_qos, run
+from a2c2_ros.nodes.runtime import (
+    EdgeLog,
+    ManagedNode,
+    NodeParameters,
+    PatientParameterService,
+    latched_qos,
+    reliable_qos,
+    run,
+)
 from a2c2_ros.paths import model_path
 
 GIL_SWITCH_INTERVAL_S = 0.0005
@@ -52,11 +64,15 @@ class CorrectionController(ManagedNode):
     """
 
     def __init__(self) -> None:
-        super().__init__("correction_controller")
+        super().__init__("correction_controller", start_parameter_services=False)
+        # Messages, enable and stop go on while a change of a parameter waits for a head to load.
+        self._inputs = MutuallyExclusiveCallbackGroup()
+        self._parameter_services = PatientParameterService(self, self._prepare_parameters)
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="head loading")
         self._log = EdgeLog(self)
         self._profile = None
         self._loop: CorrectionLoop | None = None
-        self._candidate_head: tuple[str, OnnxHead] | None = None
+        self._candidate_head: tuple[str, ConcurrentFuture] | None = None
         self._settings = NodeParameters(self, ControllerConfig(), self._validate, self._apply)
         self._send: Sink | None = None
         self._source: ObservationSource | None = None
@@ -64,7 +80,7 @@ class CorrectionController(ManagedNode):
         self._timer = None
         self._posted: deque[Callable[[], None]] = deque()
         self._postponed_work: deque[Callable[[], None]] = deque()
-        self._work_ready = self.create_guard_condition(self._do_postponed_work)
+        self._work_ready = self.create_guard_condition(self._do_postponed_work, callback_group=self._inputs)
         self._due: Tick | None = None
         self._postponed_ticks = 0
         self._last_run_ns: int | None = None
@@ -87,8 +103,10 @@ class CorrectionController(ManagedNode):
             self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
             self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", reliable_qos(10))
             # A stop has to be heard in every state.
-            self.create_service(SetBool, "~/enable", self._on_enable)
-            self.create_subscription(Bool, "emergency_stop", self._on_emergency_stop, reliable_qos(10))
+            self.create_service(SetBool, "~/enable", self._on_enable, callback_group=self._inputs)
+            self.create_subscription(
+                Bool, "emergency_stop", self._on_emergency_stop, reliable_qos(10), callback_group=self._inputs
+            )
         clock = "simulated" if self.get_clock().ros_time_is_active else "system"
         self.get_logger().info(
             f"configured: robot {self._profile.robot.name}, {config.control_rate_hz:g} Hz on the {clock} clock, "
@@ -107,23 +125,29 @@ class CorrectionController(ManagedNode):
             self._run_if_ready,
             prepare,
             lambda: self._settings.value.future_tolerance_ns,
+            self._inputs,
         )
         self._chunk_subscription = self.create_subscription(
-            ActionChunkMsg, "action_chunk", self._on_chunk, latched_qos(2)
+            ActionChunkMsg, "action_chunk", self._on_chunk, latched_qos(2), callback_group=self._inputs
         )
         self._health = LoopHealth(self._stream_names)
         self._reported_s = time.monotonic()
         self._diagnostics_timer = self.create_timer(
-            DIAGNOSTICS_PERIOD_S, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME)
+            DIAGNOSTICS_PERIOD_S,
+            self._publish_diagnostics,
+            callback_group=self._inputs,
+            clock=Clock(clock_type=ClockType.STEADY_TIME),
         )
         # What exists now lives as long as the node: the collector need not look at it again.
         gc.collect()
         gc.freeze()
         if config.lockstep:
             self._status_subscription = self.create_subscription(
-                PlannerStatus, "planner_status", self._on_status, reliable_qos(10)
+                PlannerStatus, "planner_status", self._on_status, reliable_qos(10), callback_group=self._inputs
             )
-            self._timer = self.create_timer(config.period_ns / 1e9, self._on_timer, clock=self.get_clock())
+            self._timer = self.create_timer(
+                config.period_ns / 1e9, self._on_timer, callback_group=self._inputs, clock=self.get_clock()
+            )
             return
         sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
         self._thread = TickThread(
@@ -166,6 +190,7 @@ class CorrectionController(ManagedNode):
     def close(self) -> None:
         """Stop working; the node is about to be destroyed."""
         self.deactivate()
+        self._loader.shutdown()
 
     # --- parameters and heads -----------------------------------------------------------------------------------
 
@@ -182,16 +207,37 @@ class CorrectionController(ManagedNode):
         head.warm_up()
         return head
 
+    def _prepare_parameters(self, values: Mapping[str, object]) -> Future | None:
+        """Load the head that a change of parameters asks for, off the executor's thread."""
+        name = values.get("correction.model_path")
+        if self._loop is None or not isinstance(name, str) or name == self._loop.config.correction__model_path:
+            return None
+        config = dataclasses.replace(self._settings.value, correction__model_path=name)
+        loaded = self._loader.submit(self._load_head, config)
+        self._candidate_head = (name, loaded)
+        ready = Future()
+
+        def on_loaded(_: ConcurrentFuture) -> None:
+            ready.set_result(None)
+            self._work_ready.trigger()  # the executor looks at what waits when it wakes
+
+        loaded.add_done_callback(on_loaded)
+        return ready
+
     def _validate(self, candidate: ControllerConfig) -> None:
-        if self._loop is not None and candidate.correction__model_path != self._loop.config.correction__model_path:
-            self._candidate_head = (candidate.correction__model_path, self._load_head(candidate))
+        name = candidate.correction__model_path
+        if self._loop is None or name == self._loop.config.correction__model_path:
+            return
+        if self._candidate_head is None or self._candidate_head[0] != name:
+            self._candidate_head = (name, self._loader.submit(self._load_head, candidate))
+        self._candidate_head[1].result()
 
     def _apply(self, config: ControllerConfig) -> None:
         if self._loop is None:
             return
         head = self._loop.head
         if self._candidate_head is not None and self._candidate_head[0] == config.correction__model_path:
-            head = self._candidate_head[1]
+            head = self._candidate_head[1].result()
         self._candidate_head = None
         self._post(lambda: self._loop.configure(config, head))
 
@@ -215,7 +261,7 @@ class CorrectionController(ManagedNode):
 
     def _ask(self, change: Callable[[], Any]) -> Any:
         """As :meth:`_post`, and wait for the result or exception."""
-        answer: Future = Future()
+        answer = ConcurrentFuture()
 
         def run_it() -> None:
             if not answer.set_running_or_notify_cancel():
@@ -323,8 +369,9 @@ class CorrectionController(ManagedNode):
 
     def _on_deadline(self) -> None:
         """Real time: a deadline has come; on the loop's thread."""
-        now_ns = self.get_clock().now().nanoseconds
-        tick = self._grid.tick(now_ns)
+        clock = self.get_clock()
+        now_ns = clock.now().nanoseconds
+        tick = self._grid.tick(now_ns, None if clock.ros_time_is_active else time.monotonic_ns())
         if tick is None:
             return
         problem = self._clock_jumped(tick)

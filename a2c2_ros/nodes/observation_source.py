@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 from geometry_msgs.msg import PoseStamped
+from rclpy.callback_groups import CallbackGroup
 from rclpy.node import Node
 from sensor_msgs.msg import Image, JointState
 
@@ -29,6 +30,7 @@ class ObservationSource:
         prepare: Called with camera and image before the image counts as arrived, in a thread of its own, for work that
             is better done once per image than in the tick. An image that could not be begun in time is dropped.
         future_tolerance_ns: How far a stamp may lie in the future [ns]; not used in lockstep.
+        callback_group: Of the subscriptions, None for the node's default.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class ObservationSource:
         on_sample: Callable[[], None] = lambda: None,
         prepare: Callable[[str, np.ndarray], None] | None = None,
         future_tolerance_ns: Callable[[], int] = lambda: round(FUTURE_TOLERANCE_S * 1e9),
+        callback_group: CallbackGroup | None = None,
     ) -> None:
         self._node = node
         self._lockstep = lockstep
@@ -51,6 +54,7 @@ class ObservationSource:
         self._buffer = ObservationBuffer(profile.robot.streams)
         self.received: Counter[str] = Counter()  # messages per stream, refused ones too
         self._qos = sensor_qos(lockstep)
+        self._callback_group = callback_group
         self._subscriptions = []
         self._subscribe(
             JointState,
@@ -94,7 +98,9 @@ class ObservationSource:
             elif self._put(stream, message, convert):
                 self._on_sample()
 
-        self._subscriptions.append(self._node.create_subscription(message_type, topic, take, self._qos))
+        self._subscriptions.append(
+            self._node.create_subscription(message_type, topic, take, self._qos, callback_group=self._callback_group)
+        )
 
     def _prepare_and_put(self, stream: str, item: tuple) -> None:
         self._put(stream, *item)

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import rclpy
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rcl_interfaces.msg import Parameter as ParameterMsg
 from rclpy.clock import Clock as RosClock
 from rclpy.clock import ClockType
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
@@ -15,8 +16,10 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.parameter import Parameter
+from rclpy.parameter_service import ParameterService
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
+from rclpy.task import Future
 
 from a2c2_ros.core.config import Config
 from a2c2_ros.core.errors import A2C2Error, ConfigError
@@ -99,6 +102,34 @@ def _descriptor(item) -> ParameterDescriptor:
         else:
             descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
     return descriptor
+
+
+class PatientParameterService(ParameterService):
+    """rclpy's parameter services; a change first awaits ``prepare``, while the executor goes on with other callbacks.
+
+    Args:
+        node: Made with ``start_parameter_services=False``. What must go on meanwhile has to be in another callback
+            group than the node's default one.
+        prepare: Gets the wanted values by name; returns what to wait for before they are validated, or None.
+    """
+
+    def __init__(self, node: Node, prepare: Callable[[dict[str, object]], Future | None]) -> None:
+        self._prepare = prepare
+        super().__init__(node)
+
+    async def _set_parameters_callback(self, request, response):
+        await self._prepared(request.parameters)
+        return super()._set_parameters_callback(request, response)
+
+    async def _set_parameters_atomically_callback(self, request, response):
+        await self._prepared(request.parameters)
+        return super()._set_parameters_atomically_callback(request, response)
+
+    async def _prepared(self, messages: Sequence[ParameterMsg]) -> None:
+        parameters = map(Parameter.from_parameter_msg, messages)
+        future = self._prepare({parameter.name: parameter.value for parameter in parameters})
+        if future is not None:
+            await future
 
 
 class EdgeLog:
