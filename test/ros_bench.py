@@ -71,10 +71,12 @@ class Bench:
         end = self.now_ns() + round(duration_s * 1e9)
         self.spin_until(lambda: self.now_ns() > end, what)
 
+    def request_parameter(self, node, name, value):
+        return AsyncParameterClient(self.node, node).set_parameters([Parameter(name, value=value)])
+
     def set_parameter(self, node, name, value):
         """(accepted, reason)"""
-        client = AsyncParameterClient(self.node, node)
-        future = client.set_parameters([Parameter(name, value=value)])
+        future = self.request_parameter(node, name, value)
         self.spin_until(future.done, f"{name} of {node}")
         result = future.result().results[0]
         return result.successful, result.reason

@@ -1,5 +1,7 @@
 """The controller process: who may move the robot, what its diagnostics say, and what a clock that stops does."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from std_msgs.msg import Bool
 from std_srvs.srv import SetBool
 
 from a2c2_ros.core.safety import Reason
+from a2c2_ros.faults import heads
 from a2c2_ros.nodes.conversions import to_time
 from a2c2_ros.nodes.runtime import reliable_qos
 
@@ -94,3 +97,24 @@ def test_a_simulated_clock_that_stops_holds_and_one_that_goes_back_starts_afresh
     bench.chunk(manifest)
     bench.wait_for_state(ControlStep.RUNNING)
     assert bench.system.stop("correction_controller") == 0
+
+
+@pytest.mark.timeout(150)
+def test_an_emergency_stop_is_heard_while_a_head_is_loading(bench, manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(heads, "SLOW_PRODUCTS", 60)  # warming up takes seconds
+    slow = dataclasses.replace(manifest, cameras={}, tokens={}, latent_size=0, language_size=0)
+    path = heads.write_head(tmp_path / "slow.onnx", "slow", slow)
+    bench.system.start("correction_controller")
+    stop = bench.node.create_publisher(Bool, "emergency_stop", reliable_qos(10))
+    bench.wait_for_state(ControlStep.WAITING)
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+    bench.spin_until(lambda: stop.get_subscription_count() == 1, "the controller's subscription")
+    answer = bench.request_parameter("correction_controller", "correction.model_path", str(path))
+    bench.spin_for(0.5, "ticks while the head is loading")
+    assert bench.steps[-1].state == ControlStep.RUNNING, "sensors are taken meanwhile"
+    stop.publish(Bool(data=True))
+    bench.wait_for_state(ControlStep.STOPPED, Reason.EMERGENCY_STOP)
+    assert not answer.done(), "else the test shows nothing"
+    bench.spin_until(answer.done, "the answer")
+    assert answer.result().results[0].successful
