@@ -19,23 +19,25 @@ WAIT_S = 20.0
 class Loop:
     """A tick thread whose calls the test awaits."""
 
-    def __init__(self, standstill_s=1000.0, on_tick=None):
+    def __init__(self, standstill_s=1000.0, on_tick=None, simulated=True, lead_s=0.0):
         self.context = rclpy.Context()
         rclpy.init(context=self.context, domain_id=99)
         self.node = rclpy.create_node("clocked", context=self.context, use_global_arguments=False)
         self.clock = self.node.get_clock()
-        self.clock._set_ros_time_is_active(True)
+        self.clock._set_ros_time_is_active(simulated)
         self.grid = TickGrid(PERIOD_NS)
-        self.ticks, self.standstills, self.failures = [], [], []
+        self.ticks, self.standstills, self.failures, self.leads = [], [], [], []
         self.called = threading.Condition()
         self.thread = TickThread(
             self.node,
             PERIOD_NS,
-            lambda: self.grid.next_ns,
-            on_tick or self.on_tick,
-            lambda: self.note(self.standstills, None),
-            lambda: standstill_s,
-            lambda error: self.note(self.failures, error),
+            next_ns=lambda: self.grid.next_ns,
+            lead_s=lead_s,
+            on_lead=lambda: self.note(self.leads, self.grid.next_ns),
+            on_tick=on_tick or self.on_tick,
+            on_standstill=lambda: self.note(self.standstills, None),
+            standstill_s=lambda: standstill_s,
+            on_failure=lambda error: self.note(self.failures, error),
             priority=0,
         )
 
@@ -91,6 +93,17 @@ def test_a_clock_that_stands_still_is_reported_and_never_started_is_too():
         loop.wait(lambda: loop.ticks)
     finally:
         loop.close()
+
+
+def test_before_every_tick_of_the_system_clock_there_is_one_lead():
+    loop = Loop(simulated=False, lead_s=0.002)
+    try:
+        loop.wait(lambda: len(loop.ticks) > 5)
+    finally:
+        loop.close()
+    led = loop.leads[: len(loop.ticks) - 1]
+    assert led == sorted(set(led)), "never two for one deadline"
+    assert {tick.t_tick_ns for tick in loop.ticks[1:]} <= set(loop.leads)
 
 
 def test_an_exception_in_the_tick_reaches_the_owner():

@@ -200,6 +200,14 @@ class ControllerConfig(Parameters):
         high=98,
         dynamic=False,
     )
+    realtime__lead_s: float = parameter(
+        0.001,
+        "How long before a tick its code is run once without effect, so that the tick finds it in the caches [s]; at "
+        "most a quarter of the control period is used; 0: never",
+        low=0.0,
+        high=0.1,
+        dynamic=False,
+    )
     diagnostics__period_error_s: float = parameter(
         0.002, "Warn if the 99th percentile of the period error is above [s]", low=0.0, high=10.0
     )

@@ -11,6 +11,8 @@ from rclpy.node import Node
 
 LONGEST_SLEEP_S = 0.05
 """How long a stop or a step of the system clock may go unnoticed."""
+SPIN_S = 0.0001
+"""The last wait before a deadline is spent awake: a wake-up takes about this long."""
 
 
 def become_realtime(priority: int) -> str:
@@ -41,6 +43,8 @@ class TickThread:
         node: Owner; its clock is the ROS clock, simulated or not.
         period_ns: Control period [ns].
         next_ns: The next deadline on the ROS clock [ns]; None: at once.
+        lead_s: How long before a deadline ``on_lead`` is called [s]; 0: never. Not on a simulated clock.
+        on_lead: Prepares for the tick.
         on_tick: Called at the deadline, and when the clock went back.
         on_standstill: Called about every period of steady time while the clock stands still.
         standstill_s: Steady time without a change after which a simulated clock is said to stand still [s].
@@ -53,6 +57,8 @@ class TickThread:
         node: Node,
         period_ns: int,
         next_ns: Callable[[], int | None],
+        lead_s: float,
+        on_lead: Callable[[], None],
         on_tick: Callable[[], None],
         on_standstill: Callable[[], None],
         standstill_s: Callable[[], float],
@@ -63,12 +69,15 @@ class TickThread:
         assert self._clock.clock_type == ClockType.ROS_TIME
         self._period_ns = period_ns
         self._next_ns = next_ns
+        self._lead_s = lead_s
+        self._on_lead = on_lead
         self._on_tick = on_tick
         self._on_standstill = on_standstill
         self._standstill_s = standstill_s
         self._on_failure = on_failure
         self._priority = priority
         self._stopping = False
+        self._led_ns: int | None = None  # the deadline that on_lead was called for
         self._clock_moved = threading.Event()
         self._jump_handle = self._clock.create_jump_callback(
             JumpThreshold(
@@ -114,7 +123,7 @@ class TickThread:
                 if remaining_ns <= 0 or remaining_ns >= 2 * self._period_ns:
                     return True
             if not simulated:
-                time.sleep(min(remaining_ns / 1e9, LONGEST_SLEEP_S))
+                self._sleep(remaining_ns / 1e9, deadline_ns)
                 continue
             self._clock_moved.wait(min(period_s, LONGEST_SLEEP_S))
             self._clock_moved.clear()
@@ -124,6 +133,19 @@ class TickThread:
                 self._on_standstill()
                 still_since_s += period_s
         return False
+
+    def _sleep(self, remaining_s: float, deadline_ns: int) -> None:
+        """Come nearer to a deadline of the system clock."""
+        if remaining_s > LONGEST_SLEEP_S + self._lead_s:
+            time.sleep(LONGEST_SLEEP_S)
+        elif self._lead_s and self._led_ns != deadline_ns:
+            time.sleep(max(remaining_s - self._lead_s, 0.0))
+            self._led_ns = deadline_ns
+            self._on_lead()
+        else:
+            time.sleep(max(remaining_s - SPIN_S, 0.0))
+            while 0 < deadline_ns - self._clock.now().nanoseconds < self._period_ns:
+                pass
 
 
 class LatestWorker:
