@@ -132,6 +132,10 @@ def test_an_arm_outside_its_limits_is_not_moved_until_a_person_brings_it_back():
     assert step.detail == f"{NAMES[0]} is at 1.5" and step.command is None
     arm.measured = np.array([1.0, 0.0])
     assert arm.tick().state == State.BASE_ONLY
+    arm.loop.reset()
+    arm.chunk()
+    arm.measured = np.array([1.5, 0.0])
+    assert outcome(arm.tick(follow=False)) == (State.HOLDING, Reason.OUTSIDE_LIMITS), "also after a new start"
 
 
 def test_hardware_starts_disabled_and_simulation_enabled():

@@ -64,7 +64,6 @@ class CorrectionLoop:
         self._governor = Governor(robot, config.period_ns, config.halt_steps)
         enabled = config.start_state == "enabled" or (config.start_state == "auto" and robot.simulated)
         self._latch = Latch(enabled, round(config.emergency_stop_timeout_s * 1e9))
-        self._state = State.WAITING
         self._checked: tuple[ActionChunk, str] | None = None
         self._first_slot: tuple[ActionChunk | None, int] = (None, -1)
         self._bad_ns: int | None = None  # last tick at which an observation or the clock was bad
@@ -205,7 +204,6 @@ class CorrectionLoop:
             ages_ns=ages,
             head_ns=step.head_ns,
         )
-        self._state = verdict.state
         self.ticks += 1
         self.counts[verdict.state] += 1
         self.reasons[verdict.reason] += 1
@@ -228,7 +226,7 @@ class CorrectionLoop:
             return None, LimitFlag.NONE
         held = self._observed(t_tick_ns, ages, problem) or self._select(step, t_tick_ns)
         measured = self._measured(observation, ages)
-        if held is None and self._state not in MOVING:
+        if held is None and self._governor.starting:
             outside = self._governor.outside(measured)
             if outside:
                 held = Verdict(State.HOLDING, Reason.OUTSIDE_LIMITS, outside)

@@ -28,6 +28,11 @@ class Governor:
         return self._previous is None
 
     @property
+    def starting(self) -> bool:
+        """True if the next motion is the first after silence or a hold."""
+        return self._previous is None or self._holding
+
+    @property
     def arrived(self) -> bool:
         """True if the last command is the target, or as near to it as the limits let it come."""
         return bool(np.array_equal(self._limits.apply(self._target, self._previous)[0], self._previous))
