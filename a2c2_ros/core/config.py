@@ -195,7 +195,8 @@ class ControllerConfig(Parameters):
     )
     realtime__priority: int = parameter(
         50,
-        "SCHED_FIFO priority of the control loop's thread; 0: do not ask for it; without the permission it is not used",
+        "SCHED_FIFO priority of the control loop's thread, one less for the thread that takes messages; 0: do not ask "
+        "for it; without the permission it is not used",
         low=0,
         high=98,
         dynamic=False,

@@ -35,7 +35,7 @@ from a2c2_ros.msg import ControlStep as ControlStepMsg
 from a2c2_ros.msg import PlannerStatus
 from a2c2_ros.nodes.conversions import message_to_chunk, status_to_message, step_to_message, to_ns, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource
-from a2c2_ros.nodes.realtime import TickThread
+from a2c2_ros.nodes.realtime import TickThread, become_normal, become_realtime
 from a2c2_ros.nodes.runtime import (
     EdgeLog,
     ManagedNode,
@@ -47,8 +47,8 @@ from a2c2_ros.nodes.runtime import (
 )
 from a2c2_ros.paths import model_path
 
-GIL_SWITCH_INTERVAL_S = 0.0005
-"""A tick waits at most this long for a callback that is computing; Python's default of 5 ms is half a period."""
+GIL_SWITCH_INTERVAL_S = 0.00003
+"""After this time a tick takes the interpreter from a callback that is computing; Python's default is 5 ms."""
 DIAGNOSTICS_PERIOD_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 """How long ~/enable waits for the control loop."""
@@ -81,6 +81,7 @@ class CorrectionController(ManagedNode):
         self._posted: deque[Callable[[], None]] = deque()
         self._postponed_work: deque[Callable[[], None]] = deque()
         self._work_ready = self.create_guard_condition(self._do_postponed_work, callback_group=self._inputs)
+        self._unpublished: ControlStepMsg | None = None
         self._due: Tick | None = None
         self._postponed_ticks = 0
         self._last_run_ns: int | None = None
@@ -165,6 +166,8 @@ class CorrectionController(ManagedNode):
             on_failure=lambda error: self._later(partial(self._give_up, error)),
             priority=config.realtime__priority,
         )
+        # A callback that holds the interpreter must not be displaced by another process while a tick waits for it.
+        become_realtime(config.realtime__priority - 1)
         self.get_logger().info(f"control loop: {self._thread.scheduling}")
 
     def deactivate(self) -> None:
@@ -173,6 +176,8 @@ class CorrectionController(ManagedNode):
         if self._thread is not None:
             self._thread.stop()
             self._thread = None
+            become_normal()
+            self._publish_step()
         if self._timer is not None:
             self.destroy_timer(self._timer)
             self._timer = None
@@ -378,11 +383,12 @@ class CorrectionController(ManagedNode):
         """Run the code of a tick on a loop of its own, without a head and without sending.
 
         Between two ticks other code and other processes take over the processor's caches; a tick that begins with cold
-        ones takes several times as long.
+        ones takes several times as long. To publish the last step only now warms what publishes the command.
         """
         next_ns = self._grid.next_ns
         if next_ns is None:
             return
+        self._publish_step()
         try:
             step = self._rehearsal.tick(next_ns, self._source.snapshot())
             if step.command is not None:
@@ -469,11 +475,19 @@ class CorrectionController(ManagedNode):
             period_error_ns = started_ns - self._last_run_ns - (missed + 1) * self._settings.value.period_ns
         self._last_run_ns = started_ns
         timing = StepTiming(period_error_ns, started_ns - tick.t_tick_ns, command_latency_ns, missed)
-        self._step_publisher.publish(step_to_message(step, self._stream_names, timing))
+        self._publish_step()
+        self._unpublished = step_to_message(step, self._stream_names, timing)
+        if self._thread is None or not self._thread.leads:
+            self._publish_step()
         self._health.add(step, timing)
         if (step.state, step.reason) != self._verdict:
             self._verdict = (step.state, step.reason)
             self._later(partial(self._log_edge, step))
+
+    def _publish_step(self) -> None:
+        if self._unpublished is not None:
+            self._step_publisher.publish(self._unpublished)
+            self._unpublished = None
 
     def _log_edge(self, step: ControlStep) -> None:
         text = f"{step.state.name}: {step.reason.name}" + (f" ({step.detail})" if step.detail else "")

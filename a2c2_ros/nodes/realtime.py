@@ -1,5 +1,6 @@
 """The threads of the control loop: a tick on absolute deadlines, and the preparation of images beside it."""
 
+import contextlib
 import os
 import threading
 import time
@@ -16,21 +17,27 @@ SPIN_S = 0.0001
 
 
 def become_realtime(priority: int) -> str:
-    """Ask for SCHED_FIFO for the calling thread.
+    """Ask for SCHED_FIFO for the calling thread, but not for threads that it starts; below 1 nothing is asked for.
 
     Returns:
         What it runs under, for the log.
     """
-    if priority == 0:
+    if priority < 1:
         return "no real-time priority (not asked for)"
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
     except OSError as error:
         return (
             f"no real-time priority ({error.strerror}); to allow it: `ulimit -r {priority}` or an rtprio entry in "
             "/etc/security/limits.conf"
         )
     return f"SCHED_FIFO priority {priority}"
+
+
+def become_normal() -> None:
+    """Undo :func:`become_realtime`."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 class TickThread:
@@ -90,6 +97,11 @@ class TickThread:
         self._thread = threading.Thread(target=self._run, name="control loop", daemon=True)
         self._thread.start()
         self._started.wait()
+
+    @property
+    def leads(self) -> bool:
+        """True if ``on_lead`` is called before the ticks."""
+        return self._lead_s > 0.0 and not self._clock.ros_time_is_active
 
     def stop(self) -> None:
         """End the thread after the tick that it is in."""
