@@ -121,7 +121,7 @@ def test_life_cycle_starts_stops_and_starts_again(bench, manifest):
         bench.wait_for_state(ControlStep.RUNNING)
         assert change(Transition.TRANSITION_DEACTIVATE)
         bench.spin_until(lambda: commands and not np.any(commands[-1].position[:6]), "a last command without motion")
-        bench.spin_for(0.1, "what is under way")
+        bench.spin_for(0.5, "what is under way")
         ticks = bench.steps[-1].tick
         bench.spin_for(0.3, "six periods")
         assert bench.steps[-1].tick == ticks, "no tick while inactive"
