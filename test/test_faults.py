@@ -1,0 +1,329 @@
+"""The fault suite: its judge sees what is unsafe, a campaign against a broken loop finds it, the real loop passes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from a2c2_ros.core import controller
+from a2c2_ros.core.buffer import ChunkBuffer
+from a2c2_ros.core.config import Parameters
+from a2c2_ros.core.controller import CorrectionLoop
+from a2c2_ros.core.gate import ChunkGate
+from a2c2_ros.core.governor import Governor
+from a2c2_ros.core.limits import LimitFlag, Limits
+from a2c2_ros.core.observation import ObservationBuffer
+from a2c2_ros.core.safety import HoldPolicy, Latch, Reason, State
+from a2c2_ros.faults import __main__ as tool
+from a2c2_ros.faults import runner
+from a2c2_ros.faults.base import SCENARIOS
+from a2c2_ros.faults.campaign import FAULTS, run_campaign
+from a2c2_ros.faults.monitor import HARMLESS, INVARIANTS, GivenChunk, Judge, Rules, Seen
+
+T0 = 10_000_000_000
+PERIOD_NS = 50_000_000
+ACTIONS = np.tile([0.5, 0.5], (40, 1)).astype(np.float32)
+
+
+class Bench:
+    """A judge of a two-joint arm, and a loop that the test plays."""
+
+    def __init__(self, kind="position", **rules):
+        self.judge = Judge(
+            Rules(
+                kind=kind,
+                names=("a", "b"),
+                lower=np.array([-1.0, -1.0]),
+                upper=np.array([1.0, 1.0]),
+                step=np.array([0.1, 0.1]),
+                velocity=np.array([10.0, np.inf]),
+                period_ns=PERIOD_NS,
+                max_ages_ns={"joints": 120_000_000},
+                measured_stream="joints" if kind == "position" else "",
+                **rules,
+            )
+        )
+        self.n = 0
+        self.sampled_ns = T0
+        self.chunk()
+
+    @property
+    def now_ns(self):
+        return T0 + self.n * PERIOD_NS
+
+    def chunk(self, **changes):
+        fields = dict(
+            chunk_id=1, t_obs_ns=T0, step_ns=PERIOD_NS, actions=ACTIONS, names=("a", "b"), planner="p"
+        ) | changes
+        self.judge.chunk(GivenChunk(**fields), self.now_ns, accepted=True)
+
+    def sample(self, measured=(0.0, 0.0), sound=True):
+        self.judge.sample("joints", self.now_ns, self.now_ns, sound, np.array(measured))
+        self.sampled_ns = self.now_ns
+        return self
+
+    def tick(self, command, state=State.BASE_ONLY, reason=Reason.NONE, **changes):
+        age_ns = changes.pop("age_ns", self.now_ns - self.sampled_ns)
+        fields = dict(
+            t_ns=self.now_ns,
+            wall_ns=self.now_ns,
+            state=state,
+            reason=reason,
+            command=None if command is None else np.array(command),
+            ages_ns={} if age_ns is None else {"joints": age_ns},
+            t_obs_ns=T0,
+            chunk_id=1,
+            slot=self.n,
+            base_action=np.array([0.5, 0.5]),
+        ) | changes
+        self.judge.tick(Seen(**fields))
+        self.n += 1
+        return self
+
+    def move(self, *values):
+        for value in values:
+            self.sample((value, value)).tick((value, value))
+        return self
+
+    def hold(self, *values, reason=Reason.CHUNK_EXPIRED, state=State.HOLDING):
+        for value in values:
+            self.sample((values[-1], values[-1])).tick((value, value), state, reason)
+        return self
+
+    def broken(self):
+        return {v.invariant for v in self.judge.violations}
+
+
+def test_a_safe_sequence_passes_and_its_delays_are_measured():
+    bench = Bench().move(0.1, 0.2, 0.3)
+    bench.judge.disable()
+    bench.sample((0.15, 0.15))
+    for command in ([0.2, 0.2], [0.15, 0.15], [0.15, 0.15], None):
+        bench.tick(command, State.STOPPED, Reason.DISABLED)
+    bench.judge.enable()
+    bench.sample((0.4, 0.4)).tick((0.5, 0.5)).sample().tick((0.5, 0.45))
+    bench.judge.finish(9, {State.BASE_ONLY: 5, State.STOPPED: 4}, {Reason.NONE: 9}, 1)
+    assert not bench.judge.violations
+    assert [(d.ticks, d.ms, d.cause) for d in bench.judge.holds] == [(1, 50.0, "latched")]
+    assert [d.ticks for d in bench.judge.recoveries] == [0]
+
+
+NAN = float("nan")
+STALE = "stale data moved the robot"
+UNSAFE = {
+    "a command is NaN": ("finite", lambda b: b.move(0.0).tick((NAN, 0.0))),
+    "a command is short": ("finite", lambda b: b.move(0.0).tick((0.0,))),
+    "beyond the upper limit": ("position limit", lambda b: b.move(0.95).tick((1.01, 1.0))),
+    "a step too large": ("step limit", lambda b: b.move(0.0).sample().tick((0.0, 0.11))),
+    "first command far from the arm": ("recovery jump", lambda b: b.sample((0.3, 0.3)).tick((0.3, 0.45))),
+    "first command of an unknown arm": ("recovery jump", lambda b: b.tick((0.0, 0.0), State.HOLDING, age_ns=None)),
+    "first command outside the limits": ("recovery jump", lambda b: b.sample((1.3, 0.0)).tick((1.0, 0.0))),
+    "moved on from the hold, the arm is elsewhere": (
+        "recovery jump",
+        lambda b: b.move(0.0, 0.1).hold(0.1).sample((0.05, 0.05)).tick((0.15, 0.15)),
+    ),
+    "old joints": (STALE, lambda b: b.move(0.0).tick((0.1, 0.1), age_ns=130_000_000)),
+    "joints never came": (STALE, lambda b: b.move(0.0).tick((0.1, 0.1), age_ns=None)),
+    "joints from the future": (STALE, lambda b: b.move(0.0).tick((0.1, 0.1), age_ns=-60_000_000)),
+    "joints that nobody sent": (STALE, lambda b: b.move(0.0).tick((0.1, 0.1), age_ns=1_000_000)),
+    "joints that are not sound": (STALE, lambda b: b.move(0.0).sample(sound=False).tick((0.1, 0.1))),
+    "sent too late": (STALE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), sent_ns=T0 + 4 * PERIOD_NS + 30_000_000)),
+    "a chunk that nobody sent": (STALE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), chunk_id=7)),
+    "a wrong slot": (STALE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), slot=3)),
+    "an action of no slot": (STALE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), base_action=np.zeros(2))),
+    "the clock went back": (STALE, lambda b: b.move(0.0, 0.1).sample().tick((0.1, 0.1), t_ns=T0)),
+    "no hold": (
+        "hold bound",
+        lambda b: b.move(0.0, 0.1).sample().tick((0.15, 0.15), State.HOLDING).tick((0.2, 0.2), State.HOLDING),
+    ),
+    "a hold that is left": ("hold bound", lambda b: b.move(0.0, 0.1).hold(0.1, 0.1, 0.0, 0.1)),
+    "silence in a hold": ("hold bound", lambda b: b.move(0.0).tick(None, State.HOLDING)),
+    "silence before the hold": (
+        "hold bound",
+        lambda b: b.move(0.0, 0.1, 0.2).sample().tick((0.1, 0.1), State.STOPPED).tick(None, State.STOPPED),
+    ),
+    "shut down without a hold": ("hold bound", lambda b: (b.move(0.0, 0.1), b.judge.left())),
+    "motion after a stop": (
+        "latched",
+        lambda b: (b.move(0.0), *(b.judge.emergency_stop(pressed, b.now_ns) for pressed in (True, False)), b.move(0.1)),
+    ),
+    "enabled while pressed": (
+        "latched",
+        lambda b: (b.move(0.0), b.judge.emergency_stop(True, b.now_ns), b.judge.enable(accepted=True)),
+    ),
+    "motion after a defect": ("latched", lambda b: (b.move(0.0), b.judge.defect(), b.move(0.1))),
+    "wrong ticks": ("counters", lambda b: b.move(0.0).judge.finish(2, {State.BASE_ONLY: 1}, {Reason.NONE: 1}, 1)),
+    "wrong states": ("counters", lambda b: b.move(0.0).judge.finish(1, {State.RUNNING: 1}, {Reason.NONE: 1}, 1)),
+    "a chunk not counted": (
+        "counters",
+        lambda b: b.move(0.0).judge.finish(1, {State.BASE_ONLY: 1}, {Reason.NONE: 1}, 0),
+    ),
+    "never moves again": ("no recovery", lambda b: b.move(0.0).hold(*[0.0] * 14)),
+    "a command without a tick": ("record", lambda b: b.judge.report("record", "seen by the world")),
+}
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_the_judge_sees(name):
+    invariant, play = UNSAFE[name]
+    bench = Bench()
+    play(bench)
+    assert bench.broken() == {invariant}
+    assert (len(bench.judge.unsafe_ticks) > 0) == (invariant not in HARMLESS)
+
+
+def test_the_judge_sees_a_chunk_beyond_its_age_and_its_end_and_two_planners():
+    bench = Bench(max_chunk_age_ns=60_000_000).move(0.0, 0.1, 0.1)
+    assert bench.broken() == {STALE} and "old" in bench.judge.violations[0].detail
+    bench = Bench().move(*[0.1] * 41)
+    assert bench.broken() == {STALE} and "slot 40" in bench.judge.violations[0].detail
+    bench = Bench().move(0.0)
+    bench.chunk(planner="q", chunk_id=2)
+    bench.sample((0.1, 0.1)).tick((0.1, 0.1), chunk_id=2)
+    assert bench.broken() == {"planners took turns"}
+    bench = Bench(stop_timeout_ns=80_000_000).move(0.0, 0.1, 0.1, 0.1)
+    assert bench.broken() == {"latched"}, "the emergency stop was not heard"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"actions": ACTIONS * np.nan},
+        {"actions": ACTIONS * 10},
+        {"actions": ACTIONS[:, :1]},
+        {"names": ("b", "a")},
+        {"step_ns": 0},
+        {"chunk_id": 0},
+        {"t_obs_ns": T0 + 10**9},
+    ],
+)
+def test_the_judge_does_not_let_a_damaged_chunk_move_the_robot(changes):
+    bench = Bench()
+    bench.chunk(**({"chunk_id": 2} | changes))
+    bench.n = max(0, (changes.get("t_obs_ns", T0) - T0) // PERIOD_NS)
+    bench.sample().tick((0.0, 0.0), chunk_id=changes.get("chunk_id", 2), t_obs_ns=changes.get("t_obs_ns", T0))
+    assert bench.broken() == {STALE}
+
+
+def test_pose_deltas_hold_with_zero_motion_in_the_same_tick():
+    def last(command):
+        bench = Bench("delta", keep=(1,), keep_default=(-1.0,))
+        bench.sample().tick((0.1, -0.9)).tick(command, State.HOLDING)
+        return bench.tick(command, State.HOLDING)
+
+    assert not last((0.0, -0.9)).broken()
+    assert last((0.1, -0.9)).broken() == {"hold bound"}
+    assert last((0.0, -1.0)).broken() == {"hold bound"}, "the gripper keeps its last command"
+
+
+# --- a loop that is broken on purpose -----------------------------------------------------------------------------
+
+
+def replaced(target, name, value):
+    return lambda patch: patch.setattr(target, name, value)
+
+
+def accept_all(self, stream, stamp_ns, value, latest_ns=None):
+    self._samples[stream] = (stamp_ns, value)
+    return True
+
+
+def next_slot(self, t_tick_ns, _select=ChunkBuffer.select):
+    found = _select(self, t_tick_ns)
+    return None if found is None or found[1] + 1 >= found[0].horizon else (found[0], found[1] + 1)
+
+
+def never_pressed(self, pressed, now_ns, _signal=Latch.emergency_stop):
+    _signal(self, False, now_ns)
+
+
+def adds_nan(self, step, *arguments, _correct=CorrectionLoop._correct):
+    verdict = _correct(self, step, *arguments)
+    if step.action is not None:
+        step.action = step.action * np.float32(np.nan)
+    return verdict
+
+
+MUTATIONS = {
+    "no limits": (replaced(Limits, "apply", lambda self, action, previous: (action, LimitFlag.NONE)), {"step limit"}),
+    "no range": (replaced(Limits, "clip", lambda self, action: np.float32(action)), {"position limit"}),
+    "NaN actions": (replaced(CorrectionLoop, "_correct", adds_nan), {"finite"}),
+    "no ages": (replaced(controller, "stale_stream", lambda *ages: None), {STALE}),
+    "any sample": (replaced(ObservationBuffer, "put", accept_all), {STALE, "recovery jump"}),
+    "any chunk": (replaced(ChunkGate, "check", lambda self, chunk, now_ns: None), {STALE, "planners took turns"}),
+    "any planner": (replaced(ChunkGate, "follow", lambda self, chunk: None), {"planners took turns"}),
+    "a slot ahead": (replaced(ChunkBuffer, "select", next_slot), {STALE}),
+    "clock jumps forgotten": (replaced(CorrectionLoop, "forget", lambda self: None), {STALE}),
+    "no approach": (replaced(Governor, "approach", lambda self, measured: None), {"recovery jump"}),
+    "outside is inside": (replaced(Governor, "outside", lambda self, measured: ""), {"recovery jump"}),
+    "impossible is measured": (
+        replaced(Governor, "_is_outside", lambda self, measured: np.zeros(len(measured), bool)),
+        {"hold bound", "recovery jump"},
+    ),
+    "a hold elsewhere": (replaced(HoldPolicy, "target", lambda self, last, measured: last + 0.01), {"hold bound"}),
+    "silence for a hold": (replaced(Governor, "halt", lambda self, measured: (None, LimitFlag.NONE)), {"hold bound"}),
+    "no emergency stop": (replaced(Latch, "emergency_stop", never_pressed), {"latched"}),
+    "no signal needed": (replaced(Latch, "watch", lambda self, now_ns: None), {"latched"}),
+    "no disable": (replaced(Latch, "disable", lambda self: None), {"latched"}),
+    "no enable": (replaced(Latch, "enable", lambda self: None), {"no recovery"}),
+    "any parameter": (replaced(Parameters, "_check_field", lambda self, item, value: None), {"parameters"}),
+    "refusals not counted": (replaced(CorrectionLoop, "refused", lambda self, error: None), {"counters"}),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_campaign_against_a_broken_loop_finds_it(monkeypatch, name):
+    change, expected = MUTATIONS[name]
+    change(monkeypatch)
+    result = run_campaign(1500, seed=1, stop_at=1)
+    assert {v.invariant for v in result.violations} & expected, result.violations[:3]
+
+
+def test_a_campaign_against_the_real_loop_finds_nothing_and_is_reproducible():
+    result = run_campaign(1000, seed=5)
+    assert result.violations == [] and result.unsafe_ticks == 0
+    assert result.events.total() == 1000 and set(result.events) == set(FAULTS)
+    assert len(result.holds) > 100 and len(result.recoveries) > 100
+    record = runner.campaign_record(run_campaign(100, seed=6), 6, 1.0)
+    assert record == runner.campaign_record(run_campaign(100, seed=6), 6, 1.0)
+
+
+def test_named_faults_of_the_loop(tmp_path):
+    outcomes = runner.run_scenarios(runner.select(["core"]), tmp_path, lambda s: None, lambda o: None)
+    assert [(o.name, o.detail) for o in outcomes if o.result != "passed"] == []
+    assert len(outcomes) >= 10 and all(o.ticks > 100 for o in outcomes)
+    records = json.loads(json.dumps([runner.outcome_record(o) for o in outcomes], default=str))
+    again = [runner.outcome_of(record) for record in records]
+    assert [runner.outcome_record(o) for o in again] == records
+
+
+def test_a_named_fault_fails_if_the_loop_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(Governor, "approach", lambda self, measured: None)
+    wanted = runner.select(["every stream fault in turn"])
+    (outcome,) = runner.run_scenarios(wanted, tmp_path, lambda s: None, lambda o: None)
+    assert outcome.result == "failed" and outcome.unsafe_ticks and "recovery jump" in outcome.detail
+    assert tool.totals([outcome], None)["unsafe_commands"] == outcome.unsafe_ticks
+
+
+def test_the_command_line(tmp_path, capsys):
+    pytest.importorskip("rclpy")
+    assert tool.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert len(SCENARIOS) >= 30 and all(name in listed for name in (*SCENARIOS, *FAULTS))
+    assert tool.main(["--only", "nothing like it"]) == 2
+    out = tmp_path / "faults.json"
+    assert tool.main(["--only", "campaign", "ticks missed", "--events", "60", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["totals"]["unsafe_commands"] == 0 and record["totals"]["faults_tried"] == 61
+    assert record["campaign"]["events"] == 60 and record["invariants"] == INVARIANTS and not record["full"]
+
+
+@pytest.mark.timeout(150)
+def test_named_faults_of_a_real_controller(tmp_path):
+    pytest.importorskip("rclpy")
+    runner.load_scenarios()
+    wanted = runner.select(["hardware starts disabled", "joint states lost", "emergency stop"])
+    outcomes = runner.run_scenarios(wanted, tmp_path, lambda s: None, lambda o: None)
+    assert [(o.name, o.result, o.detail) for o in outcomes] == [(s.name, "passed", "") for s in wanted]
+    assert all(o.ticks > 20 and not o.violations for o in outcomes)
+    assert outcomes[1].holds and outcomes[1].recoveries and outcomes[1].holds_since_fault_ms
