@@ -202,9 +202,9 @@ class ControllerConfig(Parameters):
         dynamic=False,
     )
     realtime__lead_s: float = parameter(
-        0.001,
+        0.002,
         "How long before a tick its code is run once without effect, so that the tick finds it in the caches [s]; at "
-        "most a quarter of the control period is used; 0: never",
+        "most half a control period is used; 0: never",
         low=0.0,
         high=0.1,
         dynamic=False,

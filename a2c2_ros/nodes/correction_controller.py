@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
-from rclpy.clock import Clock, ClockType
+from rclpy.clock import ClockType
 from rclpy.task import Future
 from std_msgs.msg import Bool
 from std_srvs.srv import SetBool
@@ -136,12 +136,6 @@ class CorrectionController(ManagedNode):
         )
         self._health = LoopHealth(self._stream_names)
         self._reported_s = time.monotonic()
-        self._diagnostics_timer = self.create_timer(
-            DIAGNOSTICS_PERIOD_S,
-            self._publish_diagnostics,
-            callback_group=self._inputs,
-            clock=Clock(clock_type=ClockType.STEADY_TIME),
-        )
         # What exists now lives as long as the node: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -158,7 +152,7 @@ class CorrectionController(ManagedNode):
             self,
             config.period_ns,
             next_ns=lambda: self._grid.next_ns,
-            lead_s=min(config.realtime__lead_s, config.period_ns / 4e9),
+            lead_s=min(config.realtime__lead_s, config.period_ns / 2e9),
             on_lead=self._rehearse,
             on_tick=self._on_deadline,
             on_standstill=self._on_standstill,
@@ -183,16 +177,15 @@ class CorrectionController(ManagedNode):
             self._timer = None
             self.destroy_subscription(self._status_subscription)
         self._take_posted()
+        self._do_postponed_work()
         observation = self._source.snapshot()
         self._source.close()
         self._source = None
-        self.destroy_timer(self._diagnostics_timer)
         self.destroy_subscription(self._chunk_subscription)
         for command in self._loop.stop(self._now_ns(observation), observation):
             if self.context.ok():
                 self._sink.send(command, self.get_clock().now().nanoseconds)
                 time.sleep(self._settings.value.period_ns / 1e9)
-        self._do_postponed_work()
 
     def cleanup(self) -> None:
         self._loop = None
@@ -361,16 +354,21 @@ class CorrectionController(ManagedNode):
             now = max(now, *observation.stamps_ns.values(), 0)
         return now
 
-    def _publish_diagnostics(self) -> None:
+    def _report_health(self) -> None:
+        """Once a second, at the end of a tick: a timer of its own could meet a deadline every time."""
         now_s = time.monotonic()
+        if now_s - self._reported_s >= DIAGNOSTICS_PERIOD_S:
+            self._later(partial(self._publish_diagnostics, now_s - self._reported_s))
+            self._reported_s = now_s
+
+    def _publish_diagnostics(self, interval_s: float) -> None:
         statuses = self._health.report(
             self._settings.value,
-            now_s - self._reported_s,
+            interval_s,
             self._source.received,
             self._log.counts,
             self._loop.chunks.copy(),
         )
-        self._reported_s = now_s
         message = DiagnosticArray(
             status=[status_to_message(s, self.get_name(), self._profile.robot.name) for s in statuses]
         )
@@ -411,6 +409,7 @@ class CorrectionController(ManagedNode):
         next_ns = self._grid.next_ns
         if next_ns is None:
             self._take_posted()
+            self._report_health()
             return
         last_ns = next_ns - self._grid.period_ns
         problem = Verdict(State.HOLDING, Reason.CLOCK_STOPPED)
@@ -480,6 +479,7 @@ class CorrectionController(ManagedNode):
         if self._thread is None or not self._thread.leads:
             self._publish_step()
         self._health.add(step, timing)
+        self._report_health()
         if (step.state, step.reason) != self._verdict:
             self._verdict = (step.state, step.reason)
             self._later(partial(self._log_edge, step))
