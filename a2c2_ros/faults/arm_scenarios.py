@@ -587,9 +587,9 @@ def _controller_stopped(bench: ArmBench) -> str:
     missed = sum(step.missed_ticks for step in world.raw)
     world.system.signal(CONTROLLER, signal.SIGSTOP)
     world.spin_for(1.0)
-    since = len(world.steps)
     world.system.signal(CONTROLLER, signal.SIGCONT)
-    world.wait_for(lambda: len(world.steps) > since, "a step")
+    resumed_ns = world.now_ns() - round(1e9 / ARM_RATE_HZ)
+    world.wait_for(lambda: world.steps[-1].t_ns > resumed_ns, "a tick")
     if world.steps[-1].state in LATCHED:  # it heard no signal of the emergency stop either
         world.enable()
     world.wait_for(lambda: world.steps[-1].state in MOVING, "motion")
