@@ -290,6 +290,9 @@ def test_a_late_head_rests_and_is_tried_again():
     reasons = [arm.tick().reason for _ in range(4)]
     assert reasons == [Reason.HEAD_LATE] * 4
     assert head.calls == 2, "at steps 0 and 2: it rests for 0.1 s"
+    arm.loop._monotonic_ns = iter([0, 200_000_000]).__next__
+    step = arm.tick()
+    assert outcome(step) == (State.HOLDING, Reason.OBSERVATION_STALE), "too old when the head was done"
     lockstep = Arm(head=head, correction__deadline_s=0.01, lockstep=True)
     lockstep.loop._monotonic_ns = lambda: next(times)
     assert lockstep.tick().state == State.RUNNING, "in lockstep a result does not depend on the machine"

@@ -233,6 +233,7 @@ class CorrectionLoop:
         if held is None:
             # The head is asked before the approach: a head that fails must find the arm holding, not underway.
             step.verdict = self._correct(step, t_tick_ns, observation)
+            step.verdict = self._aged_meanwhile(step, ages) or step.verdict
             if step.verdict.state in MOVING:
                 approach = self._governor.approach(measured)
                 if approach is None:
@@ -256,6 +257,14 @@ class CorrectionLoop:
                 return Verdict(State.HOLDING, Reason.REARMING)
             self._bad_ns = None
         return None
+
+    def _aged_meanwhile(self, step: "_Decision", ages: dict[str, int]) -> Verdict | None:
+        """Why the observations are too old by the time that the head is done, or None."""
+        if self._config.head_deadline_ns is None:
+            return None
+        aged = {name: age + step.head_ns for name, age in ages.items()}
+        stale = stale_stream(aged, self._max_ages_ns, self._config.future_tolerance_ns + step.head_ns)
+        return None if stale is None else Verdict(State.HOLDING, *stale)
 
     def _select(self, step: "_Decision", t_tick_ns: int) -> Verdict | None:
         """Pick the slot; why it may not be executed, or None."""
@@ -303,6 +312,7 @@ class CorrectionLoop:
                 )
             )
         except (HeadError, ManifestError, ObservationError) as error:
+            step.head_ns = self._monotonic_ns() - started_ns
             return self._failed(Reason.HEAD_FAILED, str(error))
         step.head_ns = self._monotonic_ns() - started_ns
         if residual.shape != step.base_action.shape or not np.isfinite(residual).all():
