@@ -233,7 +233,7 @@ class CorrectionLoop:
         if held is None:
             # The head is asked before the approach: a head that fails must find the arm holding, not underway.
             step.verdict = self._correct(step, t_tick_ns, observation)
-            step.verdict = self._aged_meanwhile(step, ages) or step.verdict
+            step.verdict = self._aged_meanwhile(step, t_tick_ns, ages) or step.verdict
             if step.verdict.state in MOVING:
                 approach = self._governor.approach(measured)
                 if approach is None:
@@ -258,13 +258,18 @@ class CorrectionLoop:
             self._bad_ns = None
         return None
 
-    def _aged_meanwhile(self, step: "_Decision", ages: dict[str, int]) -> Verdict | None:
-        """Why the observations are too old by the time that the head is done, or None."""
+    def _aged_meanwhile(self, step: "_Decision", t_tick_ns: int, ages: dict[str, int]) -> Verdict | None:
+        """Why observations or chunk are too old by the time that the head is done, or None."""
         if self._config.head_deadline_ns is None:
             return None
         aged = {name: age + step.head_ns for name, age in ages.items()}
         stale = stale_stream(aged, self._max_ages_ns, self._config.future_tolerance_ns + step.head_ns)
-        return None if stale is None else Verdict(State.HOLDING, *stale)
+        if stale is not None:
+            return Verdict(State.HOLDING, *stale)
+        done_ns, chunk = t_tick_ns + step.head_ns, step.chunk
+        if done_ns >= chunk.t_end_ns or done_ns - chunk.t_obs_ns > self._config.max_chunk_age_ns:
+            return Verdict(State.HOLDING, Reason.CHUNK_EXPIRED, "when the head was done")
+        return None
 
     def _select(self, step: "_Decision", t_tick_ns: int) -> Verdict | None:
         """Pick the slot; why it may not be executed, or None."""

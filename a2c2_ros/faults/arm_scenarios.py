@@ -485,6 +485,27 @@ _head_scenario("head too slow", "slow", "a head is loaded that takes several per
 
 @scenario(
     "arm",
+    "head changed twice between two ticks",
+    "a head that returns NaN, then another parameter or a good head, without a pause; twelve times",
+    "the head of the last answer is in use",
+)
+def _changed_twice(bench: ArmBench) -> None:
+    world = bench.world
+    for i in range(6):
+        last = [
+            world.set_parameter_later("correction.model_path", str(bench.heads["nan"])),
+            world.set_parameter_later("residual_limit", 3.0 + i % 2),
+        ]
+        world.wait_for(lambda last=last: all(future.done() for future in last), "the answers")
+        world.wait_for(lambda: world.steps[-1].reason == Reason.HEAD_NOT_FINITE, "the head that returns NaN", 3.0)
+        bench.use_head("huge")
+        bench.use_head("good")
+        world.wait_for(lambda: world.steps[-1].state == State.RUNNING, "the good head", 3.0)
+    must(world.set_parameter("residual_limit", 4.0).successful, "set back")
+
+
+@scenario(
+    "arm",
     "emergency stop while a head loads",
     "a head that takes a second to load is asked for, then the emergency stop is pressed",
     "moving while it loads; STOPPED at once",

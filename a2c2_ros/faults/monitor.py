@@ -36,6 +36,7 @@ HARMLESS = frozenset({"counters", "no recovery", "parameters", "record"})
 
 RELATIVE = 1e-6  # of the step limit: float32
 POSITION = 1e-5  # [action units] two positions are the same
+BORDER_NS = 5_000_000  # data so near to its largest age need not move the robot: the command leaves a little later
 KEPT = 4096  # samples and chunks that are remembered
 
 
@@ -274,7 +275,7 @@ class Judge:
             self._check_data(seen, clock)
         self._check_command(seen, moving)
         self._check_hold(seen, moving, problem)
-        self._measure(seen, moving, problem)
+        self._measure(seen, moving, problem if moving else self._problem(seen.t_ns, clock, BORDER_NS))
         if seen.command is not None:
             self._last = np.asarray(seen.command, np.float64)
         else:
@@ -349,15 +350,18 @@ class Judge:
             return False
         return not (actions > rules.upper + margin).any() and chunk.t_obs_ns - now_ns <= rules.future_tolerance_ns
 
-    def _problem(self, t_ns: int, clock: str) -> str:
-        """Why the robot may not move at this tick, by what was delivered; empty if it may."""
+    def _problem(self, t_ns: int, clock: str, border_ns: int = 0) -> str:
+        """Why the robot may not move at this tick, by what was delivered; empty if it may.
+
+        Data within ``border_ns`` of its largest age counts as too old.
+        """
         if self._latched_ns is not None:
             return "latched"
         if clock:
             return clock
         for name, limit_ns in self.rules.max_ages_ns.items():
             stamp_ns = self._newest(name, t_ns)
-            if stamp_ns is None or t_ns - stamp_ns > limit_ns:
+            if stamp_ns is None or t_ns - stamp_ns > limit_ns - border_ns:
                 return f"{name} is stale"
         if not any(self._slot_error(chunk, t_ns) == "" for chunk in self._usable):
             return "no chunk"

@@ -495,9 +495,9 @@ class Rig:
         if self.head_faults:
             retry_ns = round(self.config.correction__retry_after_s * 1e9)
             self.head_rests_until_ns = self.clock_ns + retry_ns + self.period_ns
-        holds = self.config.correction__enabled and self.config.correction__on_failure == "hold"
-        self.judge.head_fails = holds and self.head is not None and bool(self.head_faults)
-        self.judge.head_rests = holds and self.clock_ns <= self.head_rests_until_ns
+        enabled, holds = self.config.correction__enabled, self.config.correction__on_failure == "hold"
+        self.judge.head_fails = enabled and holds and self.head is not None and bool(self.head_faults)
+        self.judge.head_rests = enabled and self.clock_ns <= self.head_rests_until_ns
         try:
             step = self.loop.tick(t_tick_ns, self._buffer.snapshot(), problem)
         except Exception as error:  # noqa: BLE001, what the node does with a defect

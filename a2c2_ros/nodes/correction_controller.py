@@ -72,6 +72,7 @@ class CorrectionController(ManagedNode):
         self._log = EdgeLog(self)
         self._profile = None
         self._loop: CorrectionLoop | None = None
+        self._head: OnnxHead | None = None  # of the last accepted parameters
         self._candidate_head: tuple[str, ConcurrentFuture] | None = None
         self._settings = NodeParameters(self, ControllerConfig(), self._validate, self._apply)
         self._sink: Sink | None = None
@@ -95,8 +96,8 @@ class CorrectionController(ManagedNode):
     def configure(self) -> None:
         config = self._settings.value
         self._profile = load_profile(config.robot)
-        head = self._load_head(config)
-        self._loop = CorrectionLoop(config, self._profile.robot, head)
+        self._head = self._load_head(config)
+        self._loop = CorrectionLoop(config, self._profile.robot, self._head)
         self._rehearsal = CorrectionLoop(
             dataclasses.replace(config, correction__enabled=False, start_state="enabled"), self._profile.robot
         )
@@ -213,7 +214,7 @@ class CorrectionController(ManagedNode):
     def _prepare_parameters(self, values: Mapping[str, object]) -> Future | None:
         """Load the head that a change of parameters asks for, off the executor's thread."""
         name = values.get("correction.model_path")
-        if self._loop is None or not isinstance(name, str) or name == self._loop.config.correction__model_path:
+        if self._loop is None or not isinstance(name, str) or name == self._settings.value.correction__model_path:
             return None
         config = dataclasses.replace(self._settings.value, correction__model_path=name)
         loaded = self._loader.submit(self._load_head, config)
@@ -229,7 +230,7 @@ class CorrectionController(ManagedNode):
 
     def _validate(self, candidate: ControllerConfig) -> None:
         name = candidate.correction__model_path
-        if self._loop is None or name == self._loop.config.correction__model_path:
+        if self._loop is None or name == self._settings.value.correction__model_path:
             return
         if self._candidate_head is None or self._candidate_head[0] != name:
             self._candidate_head = (name, self._loader.submit(self._load_head, candidate))
@@ -238,11 +239,11 @@ class CorrectionController(ManagedNode):
     def _apply(self, config: ControllerConfig) -> None:
         if self._loop is None:
             return
-        head = self._loop.head
         if self._candidate_head is not None and self._candidate_head[0] == config.correction__model_path:
-            head = self._candidate_head[1].result()
+            self._head = self._candidate_head[1].result()
         self._candidate_head = None
-        self._post(lambda: self._loop.configure(config, head))
+        # Not the loop's head: what was posted before may not have reached it yet.
+        self._post(partial(self._loop.configure, config, self._head))
 
     def _prepare(self, camera: str, image: np.ndarray) -> None:
         """Runs on the source's preparation thread."""
