@@ -289,7 +289,8 @@ def test_a_late_head_rests_and_is_tried_again():
     arm.loop._monotonic_ns = lambda: next(times)
     reasons = [arm.tick().reason for _ in range(4)]
     assert reasons == [Reason.HEAD_LATE] * 4
-    assert head.calls == 2, "at steps 0 and 2: it rests for 0.1 s"
+    assert head.calls == 2, "at steps 0 and 3: it rests for 0.1 s from its end"
+    arm.ticks(2)
     arm.loop._monotonic_ns = iter([0, 200_000_000]).__next__
     step = arm.tick()
     assert outcome(step) == (State.HOLDING, Reason.OBSERVATION_STALE), "too old when the head was done"

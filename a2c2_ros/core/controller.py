@@ -327,7 +327,8 @@ class CorrectionLoop:
             return self._failed(Reason.RESIDUAL_TOO_LARGE, f"residual {residual.tolist()}")
         deadline_ns = self._config.head_deadline_ns
         if deadline_ns is not None and step.head_ns > deadline_ns:
-            self._head_rests_until_ns = t_tick_ns + round(self._config.correction__retry_after_s * 1e9)
+            retry_ns = round(self._config.correction__retry_after_s * 1e9)
+            self._head_rests_until_ns = t_tick_ns + step.head_ns + retry_ns
             return self._failed(Reason.HEAD_LATE, f"{step.head_ns / 1e6:.1f} ms, allowed {deadline_ns / 1e6:.1f} ms")
         step.action = step.base_action + step.residual
         return Verdict(State.RUNNING)

@@ -37,6 +37,7 @@ HARMLESS = frozenset({"counters", "no recovery", "parameters", "record"})
 RELATIVE = 1e-6  # of the step limit: float32
 POSITION = 1e-5  # [action units] two positions are the same
 BORDER_NS = 5_000_000  # data so near to its largest age need not move the robot: the command leaves a little later
+BACKLOG_NS = 1_000_000_000
 KEPT = 4096  # samples and chunks that are remembered
 
 
@@ -192,8 +193,12 @@ class Judge:
             sound: Its shape, dtype and values are right.
             measured: (A,) position in action units that it tells, NaN for what is not measured.
         """
-        if sound and 0 < stamp_ns <= now_ns + self.rules.future_tolerance_ns:
-            self._streams[stream].add(stamp_ns, measured)
+        if not sound or not 0 < stamp_ns <= now_ns + self.rules.future_tolerance_ns:
+            return
+        stamps = self._streams[stream].stamps
+        if stamps and stamp_ns < stamps[-1] - BACKLOG_NS:
+            self._good = None  # the loop may hold again: so old a sample can mean that the clock went back
+        self._streams[stream].add(stamp_ns, measured)
 
     def chunk(self, chunk: GivenChunk, now_ns: int, accepted: bool | None = None) -> None:
         """A chunk was delivered; ``accepted`` is what the loop said, None if it did not say."""
