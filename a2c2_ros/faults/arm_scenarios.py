@@ -462,7 +462,8 @@ def _storm(bench: ArmBench) -> str:
         must(result.successful == (name != "halt_steps"), f"{name}: {result.reason}")
     moving = [s.state in MOVING for s in world.steps[since:]]
     must(np.mean(moving) > 0.9, f"moving in {np.mean(moving):.0%} of the ticks")
-    must(world.set_parameter("residual_limit", 4.0).successful, "set back")
+    for name, value in (("residual_limit", 4.0), ("correction.retry_after_s", 1.0)):
+        must(world.set_parameter(name, value).successful, "set back")
     return f"{len(answers)} changes"
 
 

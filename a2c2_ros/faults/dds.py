@@ -599,7 +599,9 @@ class World:
 
     def _on_step(self, message: ControlStep, info: Mapping[str, Any]) -> None:
         recorded_ns, t_ns = info["source_timestamp"], to_ns(message.header.stamp)
-        at_ns = recorded_ns if self._simulated_time else t_ns
+        # A tick that starts late uses what came until then.
+        left_ns = self._left_ns.get(t_ns, t_ns) if message.command else t_ns
+        at_ns = recorded_ns if self._simulated_time else max(t_ns, left_ns)
         ages = zip(message.stream_names, message.stream_ages_s)
         seen = Seen(
             t_ns=t_ns,

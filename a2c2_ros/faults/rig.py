@@ -492,9 +492,7 @@ class Rig:
         self._tick(tick.t_tick_ns, problem)
 
     def _tick(self, t_tick_ns: int, problem: Verdict | None) -> None:
-        if self.head_faults:
-            retry_ns = round(self.config.correction__retry_after_s * 1e9)
-            self.head_rests_until_ns = self.clock_ns + retry_ns + self.period_ns
+        head_began_ns = self.head_clock_ns
         enabled, holds = self.config.correction__enabled, self.config.correction__on_failure == "hold"
         self.judge.head_fails = enabled and holds and self.head is not None and bool(self.head_faults)
         self.judge.head_rests = enabled and self.clock_ns <= self.head_rests_until_ns
@@ -504,6 +502,9 @@ class Rig:
             self.loop.fault(f"{type(error).__name__}: {error}")
             self.judge.defect()
             return
+        if self.head_faults:
+            rests_ns = self.head_clock_ns - head_began_ns + round(self.config.correction__retry_after_s * 1e9)
+            self.head_rests_until_ns = max(self.head_rests_until_ns, t_tick_ns + rests_ns + self.period_ns)
         self.last_step = step
         self._command = step.command
         self.judge.tick(
