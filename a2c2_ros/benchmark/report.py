@@ -150,6 +150,15 @@ def table(cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
+def floor_lines(floor: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the machine itself gives, a line per load."""
+    return "\n".join(
+        f"a thread that only sleeps, {f['rate_hz']:g} Hz, {load}: "
+        f"period error p50 / p99 / max {_numbers(f['period_error_ms'], ('p50', 'p99', 'max'), 3)} ms"
+        for load, f in floor.items()
+    )
+
+
 def targets_table(targets: Sequence[Mapping[str, Any]]) -> str:
     """The targets as plain text."""
     words = {True: "met", False: "NOT MET", None: "not measured"}

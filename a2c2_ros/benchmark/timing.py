@@ -33,6 +33,7 @@ from a2c2_ros.benchmark.report import (
     OURS_NORMAL,
     add_ratios,
     evaluate_targets,
+    floor_lines,
     plot,
     table,
     targets_table,
@@ -180,6 +181,18 @@ class Bench:
         result |= {"cpu_share": cores["loop"], "cores": cores, "fifo_threads": fifo, "images": images}
         return result | {"window_ns": [begin_ns, end_ns]}, trace
 
+    def floor(self, load: str) -> dict[str, Any]:
+        """What the machine gives to a thread that only sleeps, see ``benchmark.floor``.
+
+        Raises:
+            A2C2Error: If it failed.
+        """
+        out = self._folder / f"floor_{load}.json"
+        with Processes(self._folder / f"floor_{load}", self.environment) as processes:
+            processes.start("floor", "a2c2_ros.benchmark.floor", ["--out", str(out)])
+            processes.wait_end("floor", START_TIMEOUT_S)
+        return json.loads(out.read_text())
+
     def _wait_for_command(self, processes: Processes, cell: Cell) -> None:
         """A baseline that stalls (docs/real_time.md) is measured as it is: its waiting would only cost time."""
         recorder, give_up_s = self._recorder, time.monotonic() + STALL_S
@@ -280,9 +293,15 @@ def numbers(trace: Trace, period_ns: int, cameras: Sequence[str], begin_ns: int,
     }
 
 
-def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> tuple[list[dict[str, Any]], dict[Cell, Trace]]:
-    """Measure the cells in order; the policy runs from the first loaded cell on. A cell that fails says why."""
-    results, traces = [], {}
+def run_cells(
+    bench: Bench, cells: Sequence[Cell], folder: Path
+) -> tuple[list[dict[str, Any]], dict[Cell, Trace], dict[str, dict[str, Any]]]:
+    """Measure the cells in order; the policy runs from the first loaded cell on. A cell that fails says why.
+
+    Returns:
+        The results, the ticks, and per load what the machine itself gives.
+    """
+    results, traces, floor = [], {}, {}
     with Processes(folder / "policy", bench.environment) as load, tqdm(total=len(cells), unit="cell") as bar:
         policy_pid = None
         for cell in cells:
@@ -294,6 +313,8 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> tuple[list[d
             try:
                 if policy_pid:
                     load.check()
+                if cell.load not in floor:
+                    floor[cell.load] = bench.floor(cell.load)
                 result, traces[cell] = bench.measure(cell, policy_pid)
             except A2C2Error as error:
                 tqdm.write(f"{cell.name} failed: {error}")
@@ -307,7 +328,7 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> tuple[list[d
             begin_ns, end_ns = result.pop("window_ns")
             if result["load"] == "loaded":
                 result["policy_inferences"] = int(((ended_ns >= begin_ns) & (ended_ns < end_ns)).sum())
-    return results, traces
+    return results, traces, floor
 
 
 def draw(path: Path, traces: Mapping[Cell, Trace]) -> None:
@@ -343,7 +364,7 @@ def run(args: argparse.Namespace, cells: Sequence[Cell], folder: Path) -> int:
     full = list(cells) == full_plan()
     try:
         heads = prepare(folder, cells, bench.environment, head_times=full)
-        results, traces = run_cells(bench, cells, folder)
+        results, traces, floor = run_cells(bench, cells, folder)
     except KeyboardInterrupt:
         print("interrupted, nothing written", file=sys.stderr)
         return 130
@@ -362,6 +383,7 @@ def run(args: argparse.Namespace, cells: Sequence[Cell], folder: Path) -> int:
         "seed": arm.SEED,
         "targets": targets,
         "heads": heads,
+        "floor": floor,
         "cells": results,
         "machine": provenance.machine(),
         "versions": provenance.versions(),
@@ -370,7 +392,7 @@ def run(args: argparse.Namespace, cells: Sequence[Cell], folder: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     draw(out.with_suffix(".png"), traces)
-    print(f"{table(results)}\n\n{targets_table(targets)}\n\n{wall_s:.0f} s -> {out}")
+    print(f"{table(results)}\n\n{floor_lines(floor)}\n\n{targets_table(targets)}\n\n{wall_s:.0f} s -> {out}")
     noisy = [r["cell"] for r in results if "error" not in r and r["cores"]["others"] > QUIET_CORES]
     if noisy:
         print(f"warning: other programs used more than {QUIET_CORES} cores during {noisy}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from geometry_msgs.msg import PoseStamped
@@ -13,7 +14,13 @@ from a2c2_ros.core.config import FUTURE_TOLERANCE_S
 from a2c2_ros.core.errors import HeadError, ObservationError
 from a2c2_ros.core.observation import Observation, ObservationBuffer
 from a2c2_ros.drivers.profile import CameraTopic, Profile
-from a2c2_ros.nodes.conversions import image_to_array, joint_state_to_array, pose_to_array, to_ns
+from a2c2_ros.nodes.conversions import (
+    image_to_array,
+    joint_state_to_array,
+    pose_to_array,
+    serialized_to_image,
+    to_ns,
+)
 from a2c2_ros.nodes.realtime import LatestWorker
 from a2c2_ros.nodes.runtime import EdgeLog, sensor_qos
 
@@ -60,10 +67,10 @@ class ObservationSource:
             JointState,
             profile.joint_states_topic,
             "joint_position",
-            lambda m: joint_state_to_array(m, profile.joint_names),
+            _stamped(lambda m: joint_state_to_array(m, profile.joint_names)),
         )
         if profile.ee_pose_topic is not None:
-            self._subscribe(PoseStamped, profile.ee_pose_topic, "ee_pose", pose_to_array)
+            self._subscribe(PoseStamped, profile.ee_pose_topic, "ee_pose", _stamped(pose_to_array))
         for camera in profile.cameras:
             self._subscribe(Image, camera.topic, camera.name, self._image_converter(camera), image=True)
 
@@ -89,7 +96,7 @@ class ObservationSource:
             self._worker.stop()
 
     def _subscribe(
-        self, message_type: type, topic: str, stream: str, convert: Callable[..., np.ndarray], image: bool = False
+        self, message_type: type, topic: str, stream: str, convert: "Converter", image: bool = False
     ) -> None:
         def take(message) -> None:
             self.received[stream] += 1
@@ -99,32 +106,43 @@ class ObservationSource:
                 self._on_sample()
 
         self._subscriptions.append(
-            self._node.create_subscription(message_type, topic, take, self._qos, callback_group=self._callback_group)
+            self._node.create_subscription(
+                message_type, topic, take, self._qos, callback_group=self._callback_group, raw=image
+            )
         )
 
     def _prepare_and_put(self, stream: str, item: tuple) -> None:
         self._put(stream, *item)
 
-    def _put(self, stream: str, message, convert: Callable[..., np.ndarray]) -> bool:
+    def _put(self, stream: str, message, convert: "Converter") -> bool:
         try:
             latest_ns = None
             if not self._lockstep:  # there, sensor data may be ahead of /clock by the transport
                 latest_ns = self._node.get_clock().now().nanoseconds + self._future_tolerance_ns()
-            self._buffer.put(stream, to_ns(message.header.stamp), convert(message), latest_ns)
+            self._buffer.put(stream, *convert(message), latest_ns)
         except ObservationError as error:
             self._log.problem(stream, f"sample of {stream} refused: {error}")
             return False
         self._log.fine(stream)
         return True
 
-    def _image_converter(self, camera: CameraTopic) -> Callable[[Image], np.ndarray]:
-        def convert(message: Image) -> np.ndarray:
+    def _image_converter(self, camera: CameraTopic) -> "Converter":
+        def convert(serialized: bytes) -> tuple[int, np.ndarray]:
+            message = serialized_to_image(serialized)
             image = image_to_array(message, camera.height, camera.width, camera.shape)
             if self._prepare is not None:
                 try:
                     self._prepare(camera.name, image)
                 except (HeadError, ObservationError) as error:  # the image is good; the tick will meet the same error
                     self._log.problem("preparation", f"preparation of an image of {camera.name}: {error}")
-            return image
+            return message.stamp_ns, image
 
         return convert
+
+
+Converter = Callable[[Any], tuple[int, np.ndarray]]
+"""From a message to its stamp [ns] and value."""
+
+
+def _stamped(convert: Callable[[Any], np.ndarray]) -> Converter:
+    return lambda message: (to_ns(message.header.stamp), convert(message))
