@@ -108,6 +108,13 @@ class PlannerConfig(Parameters):
     inference_delay_jitter: int = parameter(
         0, "The injected delay varies by up to this many steps, seeded", low=0, high=1000
     )
+    chunking: str = parameter(
+        "asynchronous",
+        "How chunks follow each other: asynchronous (during the inference the last one goes on), synchronous (the robot "
+        "stands still; with correction.enabled false), rtc (asynchronous, and the policy is guided to go on from the "
+        "last chunk), tt_rtc (the policy was trained to go on from it)",
+        choices=("asynchronous", "synchronous", "rtc", "tt_rtc"),
+    )
     seed: int = parameter(0, "Seed of the policy's noise and of the delay's jitter", low=0, high=2**31 - 1)
     lockstep: bool = parameter(
         False, "Answer every observation with planner_status; for simulators that wait", dynamic=False

@@ -1,13 +1,18 @@
-"""When the planner asks for the next chunk, and when a chunk may be published."""
+"""When the planner asks for the next chunk, what it goes on from, and when and how a chunk is published."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
+from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.config import PlannerConfig
+from a2c2_ros.core.schedule import slot_index
+
+NOTHING = np.zeros((0, 0), np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChunkRequest:
     """One inference."""
 
@@ -15,6 +20,9 @@ class ChunkRequest:
     t_due_ns: int  # the chunk is published at this time or, if the inference is slower, when it is done [ns]
     sequence: int  # 0 for the first chunk after a cold start
     seed: int  # seed of the policy's noise
+    chunking: str  # the planner's parameter when the inference started
+    known: np.ndarray  # (n, A) float32, what real-time chunking goes on from; row k is slot k of the new chunk
+    delay_steps: int  # d without jitter: that many of ``known`` are expected to be executed before the chunk is there
 
 
 class PlannerSchedule:
@@ -23,14 +31,15 @@ class PlannerSchedule:
     One inference at a time. The next starts from the first observation at or after ``t_obs + e·step`` of the last one.
     Its chunk is due ``d`` steps after its observation; the first chunk (cold start: no chunk with slots left) is due at
     once, because the robot waits for it. Not thread safe: the owner serialises the calls.
+
+    With synchronous chunking the next inference starts when the slots of the last chunk are used up. The robot holds
+    until the chunk is published, so what was observed before still holds then, and slot 0 starts at that time: the
+    published chunk says so by its ``t_obs``, and has e slots only.
     """
 
     def __init__(self, config: PlannerConfig) -> None:
         self._config = config
-        self._in_flight: ChunkRequest | None = None
-        self._last: ChunkRequest | None = None
-        self._wanted_now = False
-        self._sequence = 0
+        self.reset()
 
     @property
     def in_flight(self) -> ChunkRequest | None:
@@ -42,14 +51,35 @@ class PlannerSchedule:
         self._config = config
 
     def invalidate(self) -> None:
-        """The instruction changed: drop the inference in flight and ask again with the next observation."""
+        """The instruction changed: drop the inference in flight and ask again.
+
+        That is with the next observation, but not before the robot stands still with synchronous chunking.
+        """
         self._in_flight = None
-        self._wanted_now = True
+        self._wanted_now = self._instruction_changed = True
 
     def reset(self) -> None:
         """Start cold: the clock jumped back or the planner was deactivated."""
-        self._in_flight = self._last = None
-        self._wanted_now = False
+        self._in_flight: ChunkRequest | None = None
+        self._started_ns: int | None = None  # slot 0 of the chunk that was asked for last
+        self._previous: ActionChunk | None = None  # as it was published last
+        self._wanted_now = self._instruction_changed = False
+        self._sequence = 0
+
+    def wants(self, t_obs_ns: int) -> bool:
+        """Whether an inference starts from an observation with this stamp, if what is due by then is published by then.
+
+        Changes nothing.
+        """
+        flying = self._in_flight
+        if flying is not None and t_obs_ns - flying.t_obs_ns < self._lifetime_ns:
+            if t_obs_ns < flying.t_due_ns or flying.chunking == "synchronous":
+                return False
+        if self._cold(t_obs_ns):
+            return True
+        if self._config.chunking == "synchronous":
+            return self._previous is None or t_obs_ns >= self._previous.t_end_ns
+        return self._wanted_now or t_obs_ns - self._started_ns >= self._config.execution_horizon * self._config.step_ns
 
     def next_request(self, t_obs_ns: int) -> ChunkRequest | None:
         """Start an inference from the observation with this stamp, if one is wanted now.
@@ -57,27 +87,70 @@ class PlannerSchedule:
         Returns:
             The request, now in flight, or None.
         """
-        config, step = self._config, self._config.step_ns
-        lifetime = config.horizon * step
         if self._in_flight is not None:
-            if t_obs_ns - self._in_flight.t_obs_ns < lifetime:
+            if t_obs_ns - self._in_flight.t_obs_ns < self._lifetime_ns:
                 return None
             self._in_flight = None
-        cold = self._last is None or not 0 <= t_obs_ns - self._last.t_obs_ns < lifetime
-        if not (cold or self._wanted_now or t_obs_ns - self._last.t_obs_ns >= config.execution_horizon * step):
+        if not self.wants(t_obs_ns):
             return None
+        config, cold = self._config, self._cold(t_obs_ns)
         self._sequence = 0 if cold else self._sequence + 1
         self._wanted_now = False
+        self._started_ns = t_obs_ns
         delay = 0 if cold else self._sample_delay_steps()
         self._in_flight = ChunkRequest(
-            t_obs_ns, t_obs_ns + delay * step, self._sequence, seed=config.seed * 1_000_003 + self._sequence
+            t_obs_ns,
+            t_obs_ns + delay * config.step_ns,
+            self._sequence,
+            seed=config.seed * 1_000_003 + self._sequence,
+            chunking=config.chunking,
+            known=self._known(t_obs_ns),
+            delay_steps=config.inference_delay,
         )
-        self._last = self._in_flight
         return self._in_flight
 
+    def release(self, chunk: ActionChunk, now_ns: int) -> ActionChunk:
+        """End the inference in flight with its chunk, at the time at which it is published.
+
+        Args:
+            chunk: All that the policy computed.
+            now_ns: Stamp of the present observation in lockstep, else the clock [ns].
+
+        Returns:
+            The chunk to publish.
+        """
+        request = self._in_flight
+        if request.chunking == "synchronous":
+            # An observation is good for the time of one chunk, here too. The gate refuses what is older.
+            if now_ns - request.t_obs_ns < self._lifetime_ns:
+                self._started_ns = now_ns
+            actions = chunk.actions[: self._config.execution_horizon]
+            chunk = dataclasses.replace(chunk, t_obs_ns=self._started_ns, actions=actions)
+        self._previous = chunk
+        self._instruction_changed = False
+        self.published()
+        return chunk
+
     def published(self) -> None:
-        """The chunk of the inference in flight was published."""
+        """The inference in flight is over, with or without a chunk."""
         self._in_flight = None
+
+    @property
+    def _lifetime_ns(self) -> int:
+        return self._config.horizon * self._config.step_ns
+
+    def _cold(self, t_obs_ns: int) -> bool:
+        if self._started_ns is None or t_obs_ns < self._started_ns:
+            return True
+        # Between two synchronous chunks the robot has no slots left and yet does not start.
+        return t_obs_ns - self._started_ns >= self._lifetime_ns and self._config.chunking != "synchronous"
+
+    def _known(self, t_obs_ns: int) -> np.ndarray:
+        if self._config.chunking not in ("rtc", "tt_rtc"):
+            return NOTHING
+        known = leftover(self._previous, t_obs_ns)
+        # What follows another instruction is executed until the new chunk comes, but says nothing about it.
+        return known[: self._config.inference_delay] if self._instruction_changed else known
 
     def _sample_delay_steps(self) -> int:
         delay, jitter = self._config.inference_delay, self._config.inference_delay_jitter
@@ -85,3 +158,19 @@ class PlannerSchedule:
             return delay
         rng = np.random.default_rng((self._config.seed, self._sequence))
         return int(rng.integers(delay - jitter, delay + jitter + 1))
+
+
+def leftover(previous: ActionChunk | None, t_obs_ns: int) -> np.ndarray:
+    """What a chunk does from an observation on: what real-time chunking goes on from.
+
+    Args:
+        previous: The chunk as the policy computed it, without corrections; None if there is none.
+        t_obs_ns: Stamp of the observation that the next chunk starts from [ns].
+
+    Returns:
+        (n, A) float32, the actions from the slot that owns ``t_obs_ns`` to the last; n is 0 if no slot owns it.
+    """
+    if previous is None:
+        return NOTHING
+    slot = slot_index(t_obs_ns, previous.t_obs_ns, previous.step_ns)
+    return previous.actions[slot:] if slot >= 0 else previous.actions[:0]

@@ -27,7 +27,9 @@ class Environment(Protocol):
 
     def reset(self, initial_state: int | None, seed: int) -> Mapping[str, np.ndarray]: ...
 
-    def step(self, action: np.ndarray) -> tuple[Mapping[str, np.ndarray], bool]: ...
+    def step(self, action: np.ndarray, look: bool = True) -> tuple[Mapping[str, np.ndarray], bool]:
+        """Apply an action; with ``look=False`` nobody will read the images, and those of the last look may come."""
+        ...
 
 
 @dataclass(eq=False)
@@ -53,30 +55,31 @@ def run_episode(
     seed: int,
     max_steps: int,
     start_ns: int = 50_000_000,
-    on_step: Callable[[ControlStep, Mapping[str, np.ndarray]], None] = lambda step, observation: None,
+    on_step: Callable[[ControlStep, Mapping[str, np.ndarray]], None] | None = None,
 ) -> Episode:
     """Run one episode in lockstep.
 
     The chunk of an inference is computed at once and handed over when it is due, so that the delay is exactly the
-    injected one.
+    injected one. Images that neither policy, head nor ``on_step`` would read are not rendered.
 
     Args:
         env: The simulator.
         robot: Must describe the simulator's robot.
         policy: The base policy.
         loop: The correction loop; it is reset first.
-        config: Execution horizon, delay, seed; the same as for ``chunk_planner``.
+        config: Execution horizon, delay, chunking, seed; the same as for ``chunk_planner``.
         initial_state: Official initial state, or None for a sampled one.
         seed: Seed of the environment.
         max_steps: Step limit.
         start_ns: Stamp of the first observation [ns].
-        on_step: Called with every control step and the observation that it saw.
+        on_step: Called with every control step and the observation that it saw; None: nothing is called.
 
     Returns:
         The episode's result.
 
     Raises:
         SimulationError: If the loop has no command for a step, which in lockstep only a bug can cause.
+        PolicyError: If the policy cannot go on from its previous chunk as ``config.chunking`` says.
     """
     started = time.perf_counter()
     observation = env.reset(initial_state, seed)
@@ -86,12 +89,12 @@ def run_episode(
     buffer = ObservationBuffer(robot.streams)
     ready: ActionChunk | None = None
     chunk_id = 0
+    always_look = loop.config.correction__enabled or on_step is not None
     result = Episode(success=False, steps=0, seconds=0.0)
 
     def hand_over(now_ns: int) -> None:
         if schedule.in_flight is not None and now_ns >= schedule.in_flight.t_due_ns:
-            loop.install(ready, now_ns)
-            schedule.published()
+            loop.install(schedule.release(ready, now_ns), now_ns)
 
     while result.steps < max_steps and not result.success:
         now_ns = start_ns + result.steps * config.step_ns
@@ -105,13 +108,40 @@ def run_episode(
             result.inference_ms.append(ready.inference_ns / 1e6)
             hand_over(now_ns)
         step = loop.tick(now_ns, buffer.snapshot())
-        on_step(step, observation)
+        if on_step is not None:
+            on_step(step, observation)
         if step.command is None:
             raise SimulationError(f"no command for step {result.steps}: {step.state.name}, {step.reason.name}")
         if step.head_ns:
             result.head_ms.append(step.head_ns / 1e6)
-        observation, result.success = env.step(step.command)
+        look = always_look or schedule.wants(now_ns + config.step_ns)
+        observation, result.success = env.step(step.command, look=look)
         result.steps += 1
     result.states = {state.name: n for state, n in (loop.counts - states_before).items()}
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def run_expert_episode(env: Environment, *, initial_state: int | None, seed: int, max_steps: int) -> Episode:
+    """Run one episode of the scripted expert, the upper reference: it acts at every step and sees the true poses.
+
+    Args:
+        env: The simulator, a ``LiberoEnv``; it need not render.
+        initial_state: Official initial state, or None for a sampled one.
+        seed: Seed of the environment.
+        max_steps: Step limit.
+
+    Returns:
+        The episode's result, without inferences, head and controller states.
+    """
+    from a2c2_ros.sim.expert import Expert  # needs the simulator, which rollouts of other environments do not
+
+    started = time.perf_counter()
+    observation = env.reset(initial_state, seed)
+    expert = Expert(env)
+    result = Episode(success=False, steps=0, seconds=0.0)
+    while result.steps < max_steps and not result.success:
+        observation, result.success = env.step(expert.act(observation), look=False)
+        result.steps += 1
     result.seconds = time.perf_counter() - started
     return result

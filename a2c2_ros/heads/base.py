@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from a2c2_ros.core.errors import ConfigError, ManifestError
 from a2c2_ros.core.manifest import HeadManifest
-from a2c2_ros.policies.flow import compact_state
+from a2c2_ros.policies.flow import FlowNetwork, compact_state
 
 ARCHITECTURES = {
     "mlp": "a2c2_ros.heads.mlp:MlpHead",
@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "transformer": "a2c2_ros.heads.transformer:TransformerHead",
 }
 ARCHITECTURE_KEY, CONFIG_KEY = "architecture", "config"
+ABLATIONS = ("tau", "latent", "language", "images")  # inputs that a head can be trained without
 RANDOM_RESIDUAL = 0.01  # mean absolute residual of a random head [action units]
 
 
@@ -41,13 +42,30 @@ class HeadConfig:
     latent_dim: int = 0  # 0: the head takes no latent
     language_dim: int = 0  # 0: the head takes no language
     training_data_hash: str = ""
+    without: tuple[str, ...] = ()  # of ABLATIONS: the graph puts zeros in their place; without images: no cameras
+    residual_limit: float = 0.0  # largest residual [action units], by tanh; 0: none
+    reactive: bool = False  # control: the action from the newest observation alone; the residual leads to it
 
     def __post_init__(self) -> None:
-        for name in ("action_names", "state_names", "cameras"):
+        for name in ("action_names", "state_names", "cameras", "without"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if unknown := [name for name in self.without if name not in ABLATIONS]:
+            raise ConfigError(f"without names {unknown}, allowed are {list(ABLATIONS)}")
+        if not 0.0 <= self.residual_limit < float("inf"):
+            raise ConfigError(f"residual_limit is {self.residual_limit}, allowed is 0 (none) or more")
+        if self.reactive and self.residual_limit:
+            raise ConfigError(f"residual_limit is {self.residual_limit}, a reactive head allows none")
+        if "images" in self.without:
+            object.__setattr__(self, "cameras", ())
         for name in ("action_names", "state_names"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty, a head needs 1 or more")
+
+    @property
+    def unseen(self) -> frozenset[str]:
+        """Arguments of :meth:`Head.fuse` that the network gets zeros for."""
+        names = {"time_feature" if name == "tau" else name for name in self.without}
+        return frozenset(names | {"base_action", "time_feature", "latent"} if self.reactive else names)
 
 
 class Head(nn.Module):
@@ -55,7 +73,8 @@ class Head(nn.Module):
 
     Inputs are raw: normalisation is inside, in buffers. Each camera's image is encoded on its own, so that this may
     happen when the image arrives; the fusion is what is left for the control tick. An input of size 0 is a (B, 0)
-    tensor and is not used.
+    tensor and is not used. An architecture is :meth:`_encode` and :meth:`_fuse`; what the configuration takes away from
+    it (``without``, ``residual_limit``, ``reactive``) is here, inside the exported graph.
     """
 
     architecture: ClassVar[str]
@@ -77,7 +96,7 @@ class Head(nn.Module):
             image: (B, size, size, 3) uint8 RGB.
             language: (B, L) float32.
         """
-        raise NotImplementedError
+        return self._encode(camera, image, self._seen("language", language))
 
     def fuse(
         self,
@@ -98,7 +117,36 @@ class Head(nn.Module):
             latent: (B, Z) float32, of the chunk.
             language: (B, L) float32.
         """
+        output = self._fuse(
+            tokens,
+            state,
+            self._seen("base_action", base_action),
+            self._seen("time_feature", time_feature),
+            self._seen("latent", latent),
+            self._seen("language", language),
+        )
+        if self.config.reactive:
+            return output + self.action_mean - base_action
+        if limit := self.config.residual_limit:
+            return limit * torch.tanh(output / limit)
+        return output
+
+    def _encode(self, camera: str, image: Tensor, language: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _fuse(
+        self,
+        tokens: Mapping[str, Tensor],
+        state: Tensor,
+        base_action: Tensor,
+        time_feature: Tensor,
+        latent: Tensor,
+        language: Tensor,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _seen(self, name: str, value: Tensor) -> Tensor:
+        return torch.zeros_like(value) if name in self.config.unseen else value
 
     def forward(
         self,
@@ -112,6 +160,34 @@ class Head(nn.Module):
         """Residual (B, A) from images, camera name to (B, size, size, 3) uint8 RGB; the rest as in :meth:`fuse`."""
         tokens = {name: self.encode_image(name, images[name], language) for name in self.config.cameras}
         return self.fuse(tokens, state, base_action, time_feature, latent, language)
+
+    @classmethod
+    def for_policy(cls, policy: FlowNetwork, training_data_hash: str, **options: object) -> Self:
+        """A head for a policy, with its statistics and what else this architecture can take from it.
+
+        Args:
+            policy: Gives sizes, names and statistics.
+            training_data_hash: Of the data that it will be trained on.
+            **options: Further fields of the architecture's configuration.
+
+        Raises:
+            ConfigError: If the configuration cannot be.
+        """
+        fields = {field.name for field in dataclasses.fields(cls.config_type)}
+        shared = {k: v for k, v in dataclasses.asdict(policy.config).items() if k in fields}
+        head = cls(cls.config_type(**(shared | options), training_data_hash=training_data_hash))
+        head.start_from(policy)
+        return head
+
+    @torch.no_grad()
+    def start_from(self, policy: FlowNetwork) -> None:
+        """Take the statistics of the policy's training data."""
+        own, encoder = dict(self.named_buffers()), policy.encoder
+        for name in ("action_mean", "action_std"):
+            own[name].copy_(getattr(policy, name))
+        for name in ("state_mean", "state_std", "language_mean", "language_std"):
+            if name in own:
+                own[name].copy_(getattr(encoder, name))
 
     def normalise_action(self, action: Tensor) -> Tensor:
         """(B, A) in action units to standard deviations from the mean."""
@@ -165,11 +241,20 @@ def load_head(path: str | Path) -> Head:
     return head.eval()
 
 
+def variant(head: Head) -> str:
+    """The architecture's name, with what the head was made without: "compact", "compact without tau, latent"."""
+    config = head.config
+    parts = [head.architecture] + (["reactive"] if config.reactive else [])
+    parts += [f"without {', '.join(config.without)}"] if config.without else []
+    parts += [f"limited to {config.residual_limit:g}"] if config.residual_limit else []
+    return " ".join(parts)
+
+
 def manifest_of(head: Head) -> HeadManifest:
     """The manifest of a head before it is compared with its exported graph."""
     config = head.config
     return HeadManifest(
-        architecture=head.architecture,
+        architecture=variant(head),
         policy_id=config.policy_id,
         horizon=config.horizon,
         step_ns=config.step_ns,
@@ -199,7 +284,7 @@ def make_random_head(
     language_dim: int,
     seed: int,
     policy_id: str,
-    **sizes: int,
+    **options: object,
 ) -> Head:
     """A head with random weights and small residuals, to measure time and to test loops with.
 
@@ -216,7 +301,7 @@ def make_random_head(
         language_dim: Size of the language embedding, 0 for none.
         seed: Equal seeds give equal heads.
         policy_id: Of the base policy.
-        **sizes: Further sizes of the architecture's configuration.
+        **options: Further fields of the architecture's configuration.
 
     Returns:
         In evaluation mode; its residuals on random inputs are ``RANDOM_RESIDUAL`` in the mean.
@@ -236,7 +321,7 @@ def make_random_head(
         image_size=image_size,
         latent_dim=latent_dim,
         language_dim=language_dim,
-        **sizes,
+        **options,
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

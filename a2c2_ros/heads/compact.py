@@ -1,6 +1,5 @@
 """The compact correction head: the paper's inputs with a small encoder, milliseconds on one CPU core."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,25 +43,24 @@ class CompactHead(Head):
             nn.Sequential(nn.Linear(config.width + actions, 256), nn.LayerNorm(256), nn.SiLU(), nn.Linear(256, actions))
         )
 
-    @classmethod
-    def for_policy(cls, policy: FlowNetwork, training_data_hash: str) -> "CompactHead":
-        """A head for a policy, its observation encoder and statistics taken from it."""
-        fields = {field.name for field in dataclasses.fields(CompactConfig)}
-        shared = {k: v for k, v in dataclasses.asdict(policy.config).items() if k in fields}
-        head = cls(CompactConfig(**shared, training_data_hash=training_data_hash))
-        head.encoder.load_state_dict(policy.encoder.state_dict())
-        head.action_mean.copy_(policy.action_mean)
-        head.action_std.copy_(policy.action_std)
-        return head
+    @torch.no_grad()
+    def start_from(self, policy: FlowNetwork) -> None:
+        """Take the policy's observation encoder and the statistics of its training data."""
+        super().start_from(policy)
+        own, theirs = self.encoder.state_dict(), policy.encoder.state_dict()
+        # The cameras' columns come first: a head without cameras takes those after them.
+        columns = own["trunk_input.weight"].shape[1]
+        theirs["trunk_input.weight"] = theirs["trunk_input.weight"][:, -columns:]
+        self.encoder.load_state_dict({name: theirs[name] for name in own})
 
-    def encode_image(self, camera: str, image: Tensor, language: Tensor) -> Tensor:
+    def _encode(self, camera: str, image: Tensor, language: Tensor) -> Tensor:
         features = self.encoder.images[camera](image, self._condition(image, language))
         start = 0
         for name in self.encoder.cameras[: self.encoder.cameras.index(camera)]:
             start += self.encoder.images[name].output_dim
         return functional.linear(features, self.encoder.trunk_input.weight[:, start : start + features.shape[1]])
 
-    def fuse(
+    def _fuse(
         self,
         tokens: Mapping[str, Tensor],
         state: Tensor,
@@ -79,10 +77,6 @@ class CompactHead(Head):
         features = functional.linear(rest, trunk_input.weight[:, -rest.shape[1] :], trunk_input.bias)
         for camera in encoder.cameras:
             features = features + tokens[camera]
-        return self.correct(features, base_action, time_feature, latent)
-
-    def correct(self, features: Tensor, base_action: Tensor, time_feature: Tensor, latent: Tensor) -> Tensor:
-        """As :meth:`fuse` from encoded observations (B, width): in training several slots share one."""
         action = self.normalise_action(base_action)
         parts = [action, time_feature] + ([latent] if self.config.latent_dim else [])
         slot = self.slot(torch.cat(parts, dim=1))

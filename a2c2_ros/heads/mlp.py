@@ -38,6 +38,8 @@ class MlpHead(Head):
         states, actions, hidden = len(config.state_names), len(config.action_names), config.hidden
         self.register_buffer("state_mean", torch.zeros(states))
         self.register_buffer("state_std", torch.ones(states))
+        self.register_buffer("language_mean", torch.zeros(config.language_dim))
+        self.register_buffer("language_std", torch.ones(config.language_dim))
         self.output = zero_last_layer(
             nn.Sequential(
                 nn.Linear(states + actions + 2 + config.latent_dim + config.language_dim, hidden),
@@ -50,7 +52,7 @@ class MlpHead(Head):
             )
         )
 
-    def fuse(
+    def _fuse(
         self,
         tokens: Mapping[str, Tensor],
         state: Tensor,
@@ -61,5 +63,5 @@ class MlpHead(Head):
     ) -> Tensor:
         parts = [(state - self.state_mean) / self.state_std, self.normalise_action(base_action), time_feature]
         parts += [latent] if self.config.latent_dim else []
-        parts += [language] if self.config.language_dim else []
+        parts += [(language - self.language_mean) / self.language_std] if self.config.language_dim else []
         return self.output(torch.cat(parts, dim=1)) * self.action_std

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models import resnet18
 
 from a2c2_ros.core.errors import ConfigError
@@ -19,14 +20,16 @@ class TransformerConfig(HeadConfig):
     """Architecture of a transformer head and what it was trained for."""
 
     image_size: int = 224  # [pixels]
+    encoded_size: int = 0  # side that images are scaled to before ResNet-18 [pixels]; 0: as they are
     layers: int = 6
     attention_heads: int = 8
     feed_forward: int = 2048
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cameras and self.image_size < 32:
-            raise ConfigError(f"image_size is {self.image_size}, ResNet-18 needs 32 or more")
+        size = self.encoded_size or self.image_size
+        if self.cameras and size < 32:
+            raise ConfigError(f"the encoded image size is {size}, ResNet-18 needs 32 or more")
 
 
 class TransformerHead(Head):
@@ -51,6 +54,8 @@ class TransformerHead(Head):
         self.register_buffer("image_std", 255.0 * torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
         self.register_buffer("state_mean", torch.zeros(states))
         self.register_buffer("state_std", torch.ones(states))
+        self.register_buffer("language_mean", torch.zeros(config.language_dim))
+        self.register_buffer("language_std", torch.ones(config.language_dim))
         sizes = {
             "language": config.language_dim,
             "base_action": actions,
@@ -77,10 +82,13 @@ class TransformerHead(Head):
             )
         )
 
-    def encode_image(self, camera: str, image: Tensor, language: Tensor) -> Tensor:
-        return self.backbone((image.permute(0, 3, 1, 2).float() - self.image_mean) / self.image_std)
+    def _encode(self, camera: str, image: Tensor, language: Tensor) -> Tensor:
+        pixels = image.permute(0, 3, 1, 2).float()
+        if size := self.config.encoded_size:
+            pixels = functional.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+        return self.backbone((pixels - self.image_mean) / self.image_std)
 
-    def fuse(
+    def _fuse(
         self,
         tokens: Mapping[str, Tensor],
         state: Tensor,
@@ -90,6 +98,7 @@ class TransformerHead(Head):
         language: Tensor,
     ) -> Tensor:
         action = self.normalise_action(base_action)
+        language = (language - self.language_mean) / self.language_std
         values = {"language": language, "base_action": action, "latent": latent, "time_feature": time_feature}
         sequence = [tokens[camera] for camera in self.config.cameras]
         sequence += [project(values[name]) for name, project in self.project.items()]

@@ -21,7 +21,7 @@ from a2c2_ros.nodes.conversions import chunk_to_message, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource
 from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, NodeParameters, latched_qos, reliable_qos, run
 from a2c2_ros.paths import model_path
-from a2c2_ros.policies.base import infer_chunk
+from a2c2_ros.policies.base import Continuation, infer_chunk
 from a2c2_ros.policies.registry import load_policy
 
 
@@ -74,7 +74,7 @@ class ChunkPlanner(ManagedNode):
         self._warm_up()
         self.get_logger().info(
             f"configured: policy {policy.policy_id}, H={policy.horizon}, e={config.execution_horizon}, "
-            f"d={config.inference_delay}, {'lockstep' if config.lockstep else 'real time'}"
+            f"d={config.inference_delay}, {config.chunking}, {'lockstep' if config.lockstep else 'real time'}"
         )
 
     def activate(self) -> None:
@@ -103,10 +103,19 @@ class ChunkPlanner(ManagedNode):
         self.deactivate()
 
     def _warm_up(self) -> None:
-        """The first inference is slower than the others; it must not count."""
-        policy = self._policy
-        zeros = {c: np.zeros((policy.image_size, policy.image_size, 3), np.uint8) for c in policy.cameras}
-        policy.predict(zeros | {"state": np.zeros(policy.state_dim, np.float32)}, "warm up", seed=0)
+        """The first inference is slower than the others; it must not count.
+
+        Raises:
+            PolicyError: If the policy cannot go on from a chunk in the way that ``chunking`` says.
+        """
+        policy, config = self._policy, self._settings.value
+        observation = {c: np.zeros((policy.image_size, policy.image_size, 3), np.uint8) for c in policy.cameras}
+        observation["state"] = np.zeros(policy.state_dim, np.float32)
+        continuation = None
+        if config.chunking in ("rtc", "tt_rtc"):
+            known = np.zeros((config.horizon - config.execution_horizon, len(policy.action_names)), np.float32)
+            continuation = Continuation(known, config.inference_delay, config.chunking)
+        policy.predict(observation, "warm up", seed=0, continuation=continuation)
 
     def _apply(self, config: PlannerConfig) -> None:
         if self._schedule is not None:
@@ -176,15 +185,16 @@ class ChunkPlanner(ManagedNode):
         if not future.done():
             return True
         self._running = None
-        self._schedule.published()
         error = future.exception()
         if isinstance(error, A2C2Error):
+            self._schedule.published()
             self._log.problem("inference", f"inference failed: {error}")
         elif error is not None:
             raise error
         else:
             self._log.fine("inference")
             chunk, instruction = future.result()
+            chunk = self._schedule.release(chunk, now_ns)
             self._published_ns = chunk.t_obs_ns
             self._chunk_publisher.publish(chunk_to_message(chunk, instruction))
         return False

@@ -38,6 +38,7 @@ class ObservationSource:
             is better done once per image than in the tick. An image that could not be begun in time is dropped.
         future_tolerance_ns: How far a stamp may lie in the future [ns]; not used in lockstep.
         callback_group: Of the subscriptions, None for the node's default.
+        priority: SCHED_FIFO priority of the thread of ``prepare``, 0 for none.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ObservationSource:
         prepare: Callable[[str, np.ndarray], None] | None = None,
         future_tolerance_ns: Callable[[], int] = lambda: round(FUTURE_TOLERANCE_S * 1e9),
         callback_group: CallbackGroup | None = None,
+        priority: int = 0,
     ) -> None:
         self._node = node
         self._lockstep = lockstep
@@ -57,7 +59,7 @@ class ObservationSource:
         self._log = log
         self._on_sample = on_sample
         self._prepare = prepare
-        self._worker = None if prepare is None else LatestWorker(self._prepare_and_put)
+        self._worker = None if prepare is None else LatestWorker(self._prepare_and_put, priority)
         self._buffer = ObservationBuffer(profile.robot.streams)
         self.received: Counter[str] = Counter()  # messages per stream, refused ones too
         self._qos = sensor_qos(lockstep)

@@ -40,6 +40,23 @@ def become_normal() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
+class Unhurried:
+    """Context in which the calling thread has no real-time priority, for long work without the interpreter.
+
+    Args:
+        priority: SCHED_FIFO priority outside of it, 0 for none.
+    """
+
+    def __init__(self, priority: int) -> None:
+        self._priority = priority
+
+    def __enter__(self) -> None:
+        become_normal()
+
+    def __exit__(self, *_: object) -> None:
+        become_realtime(self._priority)
+
+
 class TickThread:
     """Calls a function at every deadline of a grid on the ROS clock, from a thread of its own.
 
@@ -167,10 +184,13 @@ class LatestWorker:
 
     Args:
         work: Called with key and item.
+        priority: SCHED_FIFO priority, 0 for none. A thread without one can be displaced by another process while it
+            holds the interpreter, and a tick would wait until that process has had its share.
     """
 
-    def __init__(self, work: Callable[[str, object], None]) -> None:
+    def __init__(self, work: Callable[[str, object], None], priority: int = 0) -> None:
         self._work = work
+        self._priority = priority
         self._items: dict[str, object] = {}
         self._changed = threading.Condition()
         self._stopping = False
@@ -193,6 +213,7 @@ class LatestWorker:
         self._thread.join()
 
     def _run(self) -> None:
+        become_realtime(self._priority)
         while True:
             with self._changed:
                 while not self._items and not self._stopping:

@@ -36,6 +36,35 @@ class PolicyOutput:
                 )
 
 
+@dataclass(frozen=True, eq=False)
+class Continuation:
+    """What the previous chunk does in the time of the new one, for real-time chunking.
+
+    These are actions of the base policy, never corrected ones: a correction answers an observation of its own time.
+
+    Raises:
+        PolicyError: If ``delay_steps`` is negative or larger than the number of actions.
+    """
+
+    actions: np.ndarray  # (n, A) float32, action units; row k is slot k of the new chunk
+    delay_steps: int  # d: that many of them are executed before the new chunk arrives
+    mode: str  # "rtc": guidance while sampling (arXiv 2506.07339); "tt_rtc": given as input (arXiv 2512.05964)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.delay_steps <= len(self.actions):
+            raise PolicyError(
+                f"delay_steps is {self.delay_steps}, allowed is 0 to the {len(self.actions)} actions that are left"
+            )
+
+
+    @classmethod
+    def of(cls, request: ChunkRequest) -> "Continuation | None":
+        """What the chunk of a request has to go on from; None: nothing."""
+        if not len(request.known):
+            return None
+        return cls(request.known, min(request.delay_steps, len(request.known)), request.chunking)
+
+
 class ChunkPolicy(Protocol):
     """A policy that maps one observation and an instruction to a chunk of actions."""
 
@@ -52,17 +81,25 @@ class ChunkPolicy(Protocol):
         """Embedding of an instruction, (L,) float32; computed once per instruction."""
         ...
 
-    def predict(self, observation: Mapping[str, np.ndarray], instruction: str, *, seed: int) -> PolicyOutput:
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray],
+        instruction: str,
+        *,
+        seed: int,
+        continuation: Continuation | None = None,
+    ) -> PolicyOutput:
         """Compute a chunk.
 
         Args:
             observation: Per camera (image_size, image_size, 3) uint8 RGB upright, and "state" (state_dim,) float32.
             instruction: What to do, in words.
             seed: Of the sampling noise; equal inputs and seeds give equal chunks.
+            continuation: What the chunk has to go on from; None: nothing.
 
         Raises:
             ObservationError: If an image or the state has a wrong shape, dtype or value.
-            PolicyError: If the chunk is not finite.
+            PolicyError: If the chunk is not finite, or the policy cannot go on from ``continuation``.
         """
         ...
 
@@ -84,7 +121,7 @@ def infer_chunk(
         robot: Gives the images, the state and the action names.
         values: Newest sample of every stream of the robot.
         instruction: What to do, in words.
-        request: From the planner's schedule: stamp of the observation and seed.
+        request: From the planner's schedule: stamp of the observation, seed, what to go on from.
         chunk_id: Number of the chunk.
         step_ns: Duration of a slot [ns].
         planner_id: Which planner asks, unique to its start.
@@ -94,12 +131,12 @@ def infer_chunk(
 
     Raises:
         ObservationError: If the observation does not fit the policy.
-        PolicyError: If the policy's output is not finite.
+        PolicyError: If the policy's output is not finite, or it cannot go on from the previous chunk.
         ChunkError: If the output does not fit the robot's action.
     """
     inputs = robot.images(values) | {"state": robot.state_of(values)}
     started_ns = time.perf_counter_ns()
-    output = policy.predict(inputs, instruction, seed=request.seed)
+    output = policy.predict(inputs, instruction, seed=request.seed, continuation=Continuation.of(request))
     return ActionChunk(
         chunk_id=chunk_id,
         t_obs_ns=request.t_obs_ns,

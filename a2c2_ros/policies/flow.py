@@ -8,7 +8,7 @@ v = (prediction - x_t) / (1 - t): a small network cannot pass H * A numbers of n
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from a2c2_ros.core.errors import ConfigError, PolicyError
-from a2c2_ros.policies.base import PolicyOutput, check_observation
+from a2c2_ros.policies.base import Continuation, PolicyOutput, check_observation
 from a2c2_ros.policies.encoder import ObservationEncoder
 from a2c2_ros.policies.language import LANGUAGE_DIM, InstructionEncoder
+
+GUIDANCE_LIMIT = 5.0
+"""Largest weight of the guidance of real-time chunking, beta in arXiv 2506.07339; what it recommends for 5 steps."""
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -47,6 +50,7 @@ class FlowConfig:
     objects_dim: int = 0  # auxiliary training target: positions that no sensor gives at run time; 0 for none
     euler_steps: int = 5
     temperature: float = 1.0  # scale of the noise at t = 0; below 1 trades variety for precision
+    prefix_slots: int = 0  # longest clean prefix that the network was trained to go on from (training-time RTC)
     policy_id: str = ""
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class FlowConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.euler_steps < 1:
             raise ConfigError(f"euler_steps is {self.euler_steps}, allowed is 1 or more")
+        if not 0 <= self.prefix_slots < self.horizon:
+            raise ConfigError(f"prefix_slots is {self.prefix_slots}, allowed is 0 to {self.horizon - 1}")
         if not 0.0 <= self.temperature <= 1.0:
             raise ConfigError(f"temperature is {self.temperature}, allowed is 0 to 1")
 
@@ -80,9 +86,10 @@ class FlowDecoder(nn.Module):
 
     TIME_FREQUENCIES = 16
 
-    def __init__(self, chunk_dim: int, latent_dim: int, width: int, blocks: int) -> None:
+    def __init__(self, chunk_dim: int, latent_dim: int, width: int, blocks: int, prefix_slots: int) -> None:
         super().__init__()
         condition_dim = 256
+        self.prefix = nn.Linear(prefix_slots, width, bias=False) if prefix_slots else None
         self.register_buffer("frequencies", 2.0 ** torch.linspace(0, 6, self.TIME_FREQUENCIES), persistent=False)
         self.condition = nn.Sequential(nn.Linear(latent_dim + 2 * self.TIME_FREQUENCIES, condition_dim), nn.SiLU())
         self.input = nn.Linear(chunk_dim, width)
@@ -90,11 +97,23 @@ class FlowDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, chunk_dim)
 
-    def forward(self, x: Tensor, t: Tensor, latent: Tensor) -> Tensor:
-        """Predict the clean chunk, (B, H * A), from x (B, H * A), t (B,) in [0, 1) and latent (B, Z)."""
+    def forward(self, x: Tensor, t: Tensor, latent: Tensor, clean: Tensor | None = None) -> Tensor:
+        """Predict the clean chunk.
+
+        Args:
+            x: (B, H * A) noisy chunk.
+            t: (B,) flow time in [0, 1).
+            latent: (B, Z).
+            clean: (B, prefix_slots) float, 1 where a slot of ``x`` holds the clean action already; None: nowhere.
+
+        Returns:
+            (B, H * A).
+        """
         angles = t[:, None] * self.frequencies
         condition = self.condition(torch.cat([latent, angles.sin(), angles.cos()], dim=1))
         hidden = self.input(x)
+        if clean is not None:
+            hidden = hidden + self.prefix(clean)
         for block in self.blocks:
             hidden = block(hidden, condition)
         return self.output(nn.functional.silu(self.norm(hidden)))
@@ -112,7 +131,11 @@ class FlowNetwork(nn.Module):
             nn.Linear(config.width, config.latent_dim), nn.LayerNorm(config.latent_dim, elementwise_affine=False)
         )
         self.decoder = FlowDecoder(
-            config.horizon * actions, config.latent_dim, config.decoder_width, config.decoder_blocks
+            config.horizon * actions,
+            config.latent_dim,
+            config.decoder_width,
+            config.decoder_blocks,
+            config.prefix_slots,
         )
         self.objects = nn.Linear(config.latent_dim, config.objects_dim) if config.objects_dim else None
         for name in ("action", "objects"):
@@ -132,25 +155,96 @@ class FlowNetwork(nn.Module):
         """Latent (B, Z) of a batch of observations, arguments as in :meth:`ObservationEncoder.features`."""
         return self.latent(self.encoder(images, state, language))
 
-    def velocity(self, x: Tensor, t: Tensor, latent: Tensor) -> Tensor:
-        """Velocity of the flow at x (B, H * A) normalised and t (B,), (B, H * A)."""
-        return (self.decoder(x, t, latent) - x) / (1.0 - t)[:, None]
-
-    def sample(self, latent: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, latent: Tensor, noise: Tensor, continuation: Continuation | None = None) -> Tensor:
         """Integrate the flow with Euler steps.
 
         Args:
             latent: (B, Z).
             noise: (B, H * A) standard normal; it is scaled by the temperature.
+            continuation: What all chunks of the batch go on from; None: nothing.
 
         Returns:
             (B, H, A) in action units.
+
+        Raises:
+            PolicyError: If the continuation is longer than what the network was trained for.
         """
-        x = noise * self.config.temperature
-        for i in range(self.config.euler_steps):
-            t = torch.full((len(x),), i / self.config.euler_steps, device=x.device)
-            x = x + self.velocity(x, t, latent) / self.config.euler_steps
+        if continuation is None or not len(continuation.actions):
+            return self.denormalise(self._integrate(latent, noise, None, 0))
+        known = torch.tensor(continuation.actions[: self.config.horizon], device=noise.device)
+        known = self.normalise(known).expand(len(noise), -1)
+        if continuation.mode == "rtc":
+            x = self._integrate(latent, noise, known, continuation.delay_steps)
+        elif continuation.mode == "tt_rtc":
+            x = self._integrate_after(latent, noise, known, continuation.delay_steps)
+        else:
+            raise PolicyError(f"continuation mode is {continuation.mode!r}, allowed are 'rtc' and 'tt_rtc'")
         return self.denormalise(x)
+
+    def _times(self, noise: Tensor) -> Iterator[tuple[float, Tensor]]:
+        for i in range(self.config.euler_steps):
+            t = i / self.config.euler_steps
+            yield t, torch.full((len(noise),), t, device=noise.device)
+
+    def _integrate(self, latent: Tensor, noise: Tensor, known: Tensor | None, delay_steps: int) -> Tensor:
+        """With the guidance of real-time chunking if there is something known (arXiv 2506.07339, equations 2 to 5).
+
+        Every step moves the predicted clean chunk towards the known actions, by the gradient of its weighted distance.
+        """
+        steps = self.config.euler_steps
+        x = noise * self.config.temperature
+        if known is not None:
+            actions = len(self.config.action_names)
+            weights = torch.tensor(guidance_weights(known.shape[1] // actions, delay_steps), device=x.device)
+            weights = weights.repeat_interleave(actions)
+        for t, times in self._times(noise):
+            if known is None:
+                clean = self.decoder(x, times, latent)
+                guidance = 0.0
+            else:
+                with torch.inference_mode(False), torch.enable_grad():
+                    at = x.clone().requires_grad_()
+                    clean = self.decoder(at, times, latent.clone())
+                    error = weights * (known.clone() - clean.detach()[:, : known.shape[1]])
+                    (gradient,) = torch.autograd.grad((clean[:, : known.shape[1]] * error).sum(), at)
+                clean = clean.detach()
+                # (1 - t) / (t r²) with r² = (1 - t)² / (t² + (1 - t)²)
+                weight = (t**2 + (1.0 - t) ** 2) / (t * (1.0 - t)) if t else GUIDANCE_LIMIT
+                guidance = min(GUIDANCE_LIMIT, weight) * gradient
+            x = x + ((clean - x) / (1.0 - t) + guidance) / steps
+        return x
+
+    def _integrate_after(self, latent: Tensor, noise: Tensor, known: Tensor, delay_steps: int) -> Tensor:
+        """With the first ``delay_steps`` slots given (training-time real-time chunking, arXiv 2512.05964)."""
+        if delay_steps > self.config.prefix_slots:
+            raise PolicyError(
+                f"the delay is {delay_steps} steps, this policy was trained to go on from at most "
+                f"{self.config.prefix_slots}"
+            )
+        size = delay_steps * len(self.config.action_names)
+        mask = (torch.arange(self.config.prefix_slots, device=noise.device) < delay_steps).float()
+        mask = mask.expand(len(noise), -1) if size else None
+        x = noise * self.config.temperature
+        for t, times in self._times(noise):
+            x = torch.cat([known[:, :size], x[:, size:]], dim=1)
+            x = x + (self.decoder(x, times, latent, mask) - x) / (1.0 - t) / self.config.euler_steps
+        return torch.cat([known[:, :size], x[:, size:]], dim=1)
+
+
+def guidance_weights(known_slots: int, delay_steps: int) -> np.ndarray:
+    """How much each known slot counts (arXiv 2506.07339, equation 5).
+
+    Args:
+        known_slots: n = H - e, slots of which the previous chunk says something.
+        delay_steps: d, of these will be executed in any case.
+
+    Returns:
+        (n,) float32: 1 for the first d, then falling exponentially to 0 after the last.
+    """
+    slots = np.arange(known_slots)
+    share = (known_slots - slots) / (known_slots - delay_steps + 1)
+    decay = share * np.expm1(share) / (np.e - 1.0)
+    return np.where(slots < delay_steps, 1.0, decay).astype(np.float32)
 
 
 class FlowPolicy:
@@ -186,7 +280,14 @@ class FlowPolicy:
         """Embedding of an instruction, (384,) float32."""
         return self._language.embed(instruction)
 
-    def predict(self, observation: Mapping[str, np.ndarray], instruction: str, *, seed: int) -> PolicyOutput:
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray],
+        instruction: str,
+        *,
+        seed: int,
+        continuation: Continuation | None = None,
+    ) -> PolicyOutput:
         """Sample a chunk. See :meth:`ChunkPolicy.predict`."""
         check_observation(self, observation)
         language = self.embed(instruction)
@@ -197,7 +298,7 @@ class FlowPolicy:
                 torch.tensor(array[None], device=self.device) for array in (observation["state"], language)
             )
             latent = self.network.encode(images, state, embedding)
-            actions = self.network.sample(latent, noise.to(self.device))
+            actions = self.network.sample(latent, noise.to(self.device), continuation)
         return PolicyOutput(actions[0].cpu().numpy(), latent[0].cpu().numpy(), language)
 
 
@@ -261,5 +362,8 @@ def load_network(path: str | Path) -> FlowNetwork:
 
 
 def _fingerprint(config: FlowConfig, weights: Path) -> str:
-    text = json.dumps(dataclasses.asdict(dataclasses.replace(config, policy_id="")), sort_keys=True)
+    facts = dataclasses.asdict(dataclasses.replace(config, policy_id=""))
+    if not config.prefix_slots:  # policies are older than this field
+        del facts["prefix_slots"]
+    text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode() + weights.read_bytes()).hexdigest()[:8]

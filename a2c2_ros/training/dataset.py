@@ -23,6 +23,7 @@ class Demonstrations:
     frames: Mapping[str, np.ndarray]  # camera -> (N, size, size, 3) uint8 RGB, memory-mapped
     state: np.ndarray  # (N, S) float32
     action: np.ndarray  # (N, A) float32, the expert's action without exploration noise
+    disturbed: np.ndarray  # (N,) bool, what was executed was not the expert's action
     objects: np.ndarray  # (N, O) float32 [m], privileged, training target only; O may be 0
     episode: np.ndarray  # (N,) int64
     start: np.ndarray  # (N,) int64, first frame of the frame's episode
@@ -69,6 +70,16 @@ class Demonstrations:
         actions = self.action[np.minimum(slots, last)]
         moves = np.array([name not in HELD_ACTIONS for name in self.action_names])
         return np.where(~inside[:, :, None] & moves, np.float32(0.0), actions), inside
+
+
+    def undisturbed(self, indices: np.ndarray, horizon: int) -> np.ndarray:
+        """(B, H) bool: nothing disturbed the expert between the given frame and the slot.
+
+        After a disturbance the expert's actions answer it: no policy can foresee them from the given frame.
+        """
+        before = np.concatenate([[0], np.cumsum(self.disturbed)])
+        slots = np.minimum(indices[:, None] + np.arange(horizon), self.end[indices][:, None])
+        return before[slots] == before[indices][:, None]
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,7 @@ def load_demonstrations(root: str | Path, cameras: Sequence[str] | None = None) 
     names = {int(row.task_index): str(text) for text, row in source.meta.tasks.iterrows()}
     column = {
         key: np.stack(table[key]).astype(np.float32).reshape(len(episode), -1)
-        for key in ("observation.state", "action", "observation.objects")
+        for key in ("observation.state", "action", "action.executed", "observation.objects")
         if key in source.features
     }
     data_hash = _hash_files(root)
@@ -148,6 +159,7 @@ def load_demonstrations(root: str | Path, cameras: Sequence[str] | None = None) 
         frames={name: _decode(source, root, name, episode, data_hash) for name in cameras},
         state=column["observation.state"],
         action=column["action"],
+        disturbed=(column.get("action.executed", column["action"]) != column["action"]).any(axis=1),
         objects=column.get("observation.objects", np.zeros((len(episode), 0), dtype=np.float32)),
         episode=episode,
         start=np.repeat(first, lengths),

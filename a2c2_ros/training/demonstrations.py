@@ -9,7 +9,6 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,15 @@ BLOCK = 20
 STEPS_AFTER_SUCCESS = 3
 ATTEMPTS = 6
 """An episode that failed is drawn anew; the last attempt is without noise."""
+NOISE_SHARES = {"none": 0.3, "pushes": 0.4, "steady": 0.3}
 WHITE_NOISE = np.array([0.06] * 3 + [0.04] * 3)
 CORRELATED_NOISE = np.array([0.15] * 3 + [0.05] * 3)
-CORRELATED_SHARE = 0.7
 CORRELATION = 0.9
 """Of the Ornstein-Uhlenbeck noise from one step to the next."""
+PUSH_NOISE = np.array([0.4] * 3 + [0.15] * 3)
+PUSH_STEPS = (3, 12)
+PAUSE_STEPS = (25, 60)
+"""Between two pushes; the first pause may be shorter."""
 FEATURES = {
     **{
         f"observation.images.{name}": {
@@ -52,33 +55,56 @@ FEATURES = {
 """``observation.objects`` is privileged (bowl xyz, plate xyz [m]): a target for training, never an input."""
 
 
-@dataclass
 class ActionNoise:
-    """Noise on the six motion channels of the executed action: white, and in most episodes correlated as well."""
+    """Noise on the six motion channels of the executed action, of one kind per episode.
 
-    rng: np.random.Generator
-    scale: float  # 0 for none
+    Steady noise (white and correlated) leads to states near the expert's way, but then every later action answers noise
+    that nobody could foresee: a bad example of a chunk. After a push the expert goes on undisturbed for a while: a good
+    one, from a state off the way.
 
-    def __post_init__(self) -> None:
-        self._correlated = self.scale * CORRELATED_NOISE * (self.rng.random() < CORRELATED_SHARE)
+    Args:
+        rng: Draws the kind and the noise.
+        kind: Key of ``NOISE_SHARES``; None draws one.
+    """
+
+    def __init__(self, rng: np.random.Generator, kind: str | None = None) -> None:
+        self._rng = rng
+        self.kind = str(rng.choice(list(NOISE_SHARES), p=list(NOISE_SHARES.values()))) if kind is None else kind
         self._state = np.zeros(6)
+        self._push = np.zeros(6)
+        self._push_left, self._pause_left = 0, int(rng.integers(0, PAUSE_STEPS[1]))
 
     def apply(self, action: np.ndarray) -> np.ndarray:
         """The action with noise, (7,), within the limits; the gripper's channel is left alone."""
-        kick = self.rng.standard_normal((2, 6))
-        self._state = CORRELATION * self._state + np.sqrt(1 - CORRELATION**2) * kick[0]
         noisy = action.copy()
-        noisy[:6] += self.scale * WHITE_NOISE * kick[1] + self._correlated * self._state
+        noisy[:6] += self._steady() if self.kind == "steady" else self._pushed() if self.kind == "pushes" else 0.0
         return np.clip(noisy, conventions.ACTION_LOW, conventions.ACTION_HIGH)
 
+    def _steady(self) -> np.ndarray:
+        kick = self._rng.standard_normal((2, 6))
+        self._state = CORRELATION * self._state + np.sqrt(1 - CORRELATION**2) * kick[0]
+        return WHITE_NOISE * kick[1] + CORRELATED_NOISE * self._state
 
-def demonstrate(env, seed: int, noise_scale: float) -> dict[str, np.ndarray] | None:
+    def _pushed(self) -> np.ndarray:
+        if self._pause_left:
+            self._pause_left -= 1
+            return np.zeros(6)
+        if not self._push_left:
+            self._push = PUSH_NOISE * self._rng.standard_normal(6)
+            self._push_left = int(self._rng.integers(*PUSH_STEPS, endpoint=True))
+        self._push_left -= 1
+        if not self._push_left:
+            self._pause_left = int(self._rng.integers(*PAUSE_STEPS, endpoint=True))
+        return self._push
+
+
+def demonstrate(env, seed: int, noise: str | None) -> dict[str, np.ndarray] | None:
     """One episode of the expert from a freshly sampled placement.
 
     Args:
         env: A ``LiberoEnv``.
         seed: Seed of the placement, the fixtures and the noise.
-        noise_scale: 1 for the usual noise, 0 for none.
+        noise: Kind of noise, see :class:`ActionNoise`.
 
     Returns:
         Arrays by feature name with the time first, or None if the task was not solved.
@@ -87,7 +113,7 @@ def demonstrate(env, seed: int, noise_scale: float) -> dict[str, np.ndarray] | N
 
     observation = env.reset(None, seed)
     expert = Expert(env)
-    noise = ActionNoise(np.random.default_rng(seed), noise_scale)
+    action_noise = ActionNoise(np.random.default_rng(seed), noise)
     frames: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES}
     steps_left = conventions.MAX_STEPS
     solved = False
@@ -95,7 +121,7 @@ def demonstrate(env, seed: int, noise_scale: float) -> dict[str, np.ndarray] | N
         label = expert.act(observation)
         if expert.phase is Phase.DONE:
             break
-        executed = noise.apply(label) if expert.accepts_noise else label
+        executed = action_noise.apply(label) if expert.accepts_noise else label
         for name in conventions.CAMERAS:
             frames[f"observation.images.{name}"].append(observation[name])
         frames["observation.state"].append(
@@ -133,7 +159,7 @@ def run_block(out: Path, task: int, first: int, last: int, seed: int) -> None:
                 continue
             for attempt in range(ATTEMPTS):
                 episode_seed = int(np.random.SeedSequence((seed, task, episode, attempt)).generate_state(1)[0])
-                frames = demonstrate(env, episode_seed, noise_scale=float(attempt < ATTEMPTS - 1))
+                frames = demonstrate(env, episode_seed, None if attempt < ATTEMPTS - 1 else "none")
                 if frames is not None:
                     break
             else:

@@ -16,6 +16,9 @@ from a2c2_ros.training.record import fingerprint, plot_losses, write_record
 
 DRAWS = 4  # (noise, t) pairs per encoded observation: the encoder is most of the cost
 PADDING_WEIGHT = 0.2  # of slots after the end of an episode
+DISTURBED_WEIGHT = 0.1  # of slots that a disturbance after the observation has changed
+PREFIX_SLOTS = 20  # longest delay that training-time real-time chunking is trained for
+PREFIX_SHARE = 0.4  # of the training draws that go on from a clean prefix
 OBJECTS_WEIGHT = 0.1
 MIN_STD = 0.1  # of an action; keeps rarely used directions from being blown up by the normalisation
 VALIDATION_FRAMES = 1024
@@ -48,6 +51,7 @@ def main() -> None:
         action_space=arguments.action_space,
         horizon=arguments.horizon,
         objects_dim=data.objects.shape[1],
+        prefix_slots=min(PREFIX_SLOTS, arguments.horizon - 1),
     )
     train_policy(data, config, LoopConfig.from_arguments(arguments), arguments.out, arguments.holdout)
 
@@ -113,6 +117,8 @@ def train_policy(
             "augmentation": augmentation,
             "draws": DRAWS,
             "padding_weight": PADDING_WEIGHT,
+            "disturbed_weight": DISTURBED_WEIGHT,
+            "prefix_share": PREFIX_SHARE if config.prefix_slots else 0.0,
             "objects_weight": OBJECTS_WEIGHT if config.objects_dim else 0.0,
             "steps": trained.steps,
             "seconds": trained.seconds,
@@ -133,21 +139,33 @@ def flow_loss(model: FlowNetwork, latent: Tensor, chunks: Tensor, weights: Tenso
         latent: (B, Z).
         chunks: (B, H * A) normalised expert chunks.
         weights: (B, H * A) of the loss.
-        rng: Draws ``DRAWS`` pairs of noise and flow time per row.
+        rng: Draws ``DRAWS`` pairs of noise and flow time per row, and clean prefixes (training-time real-time chunking,
+            arXiv 2512.05964).
     """
     latent, chunks, weights = (x.repeat(DRAWS, 1) for x in (latent, chunks, weights))
     noise = torch.tensor(rng.standard_normal(chunks.shape, dtype=np.float32), device=chunks.device)
     t = torch.tensor(rng.random(len(chunks), dtype=np.float32), device=chunks.device)
     x = (1.0 - t)[:, None] * noise + t[:, None] * chunks
-    error = (model.decoder(x, t, latent) - chunks).float().square()
+    prefix = None
+    if slots := model.config.prefix_slots:
+        lengths = np.where(rng.random(len(chunks)) < PREFIX_SHARE, rng.integers(1, slots + 1, len(chunks)), 0)
+        clean = np.arange(model.config.horizon) < lengths[:, None]
+        prefix = torch.tensor(clean[:, :slots].astype(np.float32), device=chunks.device)
+        known = torch.tensor(clean.repeat(len(model.config.action_names), axis=1), device=chunks.device)
+        x, weights = torch.where(known, chunks, x), torch.where(known, 0.0, weights)
+    error = (model.decoder(x, t, latent, prefix) - chunks).float().square()
     return (error * weights).sum() / weights.sum()
 
 
 def chunk_error(data: Demonstrations, model: FlowNetwork, latent: Tensor, indices: np.ndarray) -> dict[str, float]:
-    """Mean absolute error of sampled chunks in action units over the slots inside the episode, all and by range."""
+    """Mean absolute error of sampled chunks in action units, all and by range of slots.
+
+    Slots after the episode's end, or after a disturbance that no policy could know of, do not count.
+    """
     noise = torch.randn(len(latent), model.decoder.output.out_features, generator=torch.Generator().manual_seed(0))
     actions = model.sample(latent, noise.to(latent.device)).cpu().numpy()
     expert, inside = data.chunks(indices, model.config.horizon)
+    inside &= data.undisturbed(indices, model.config.horizon)
     error = np.abs(actions - expert).mean(axis=2)
     result = {"error": float(error[inside].mean())}
     for low in range(0, model.config.horizon, SLOT_RANGE):
@@ -184,7 +202,9 @@ def targets(data: Demonstrations, model: FlowNetwork, indices: np.ndarray) -> tu
     """Normalised chunks (B, H * A), their loss weights (B, H * A) and normalised object positions (B, O)."""
     device = model.action_std.device
     chunks, inside = data.chunks(indices, model.config.horizon)
-    weights = np.where(inside, 1.0, PADDING_WEIGHT).astype(np.float32).repeat(len(data.action_names), axis=1)
+    weights = np.where(inside, 1.0, PADDING_WEIGHT)
+    weights[~data.undisturbed(indices, model.config.horizon)] = DISTURBED_WEIGHT
+    weights = weights.astype(np.float32).repeat(len(data.action_names), axis=1)
     objects = torch.tensor(data.objects[indices], device=device)
     return (
         model.normalise(torch.tensor(chunks, device=device)),
