@@ -49,7 +49,7 @@ class CountingEnv:
         self.n = 0
         return self._observe()
 
-    def step(self, action):
+    def step(self, action, look=True):
         assert action.shape == (3,)
         self.n += 1
         return self._observe(), self.n == 30
@@ -63,7 +63,7 @@ class EchoPolicy:
 
     policy_id, horizon = "echo", 8
 
-    def predict(self, observation, instruction, *, seed):
+    def predict(self, observation, instruction, *, seed, continuation=None):
         actions = np.zeros((8, len(NAMES)), np.float32)
         actions[:, 0] = observation["state"][0] / 100
         return PolicyOutput(actions, np.zeros(1, np.float32), np.zeros(1, np.float32))

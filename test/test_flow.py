@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from a2c2_ros.core.errors import ConfigError, ObservationError, PolicyError
-from a2c2_ros.policies.base import PolicyOutput
-from a2c2_ros.policies.flow import FlowConfig, FlowNetwork, load_network, save_network
+from a2c2_ros.policies.base import Continuation, PolicyOutput
+from a2c2_ros.policies.flow import FlowConfig, FlowNetwork, guidance_weights, load_network, save_network
 from a2c2_ros.policies.registry import load_policy
 
 CONFIG = FlowConfig(
@@ -65,17 +66,24 @@ def test_sampling_reaches_the_predicted_chunk():
     target = torch.randn(1, 18)
     for steps in (1, 2, 7):
         network = small_network(euler_steps=steps)
-        network.decoder.forward = lambda x, t, latent: target.expand(len(x), -1)
+        network.decoder.forward = lambda x, t, latent, clean=None: target.expand(len(x), -1)
         sample = network.sample(torch.zeros(3, 16), torch.randn(3, 18))
         assert torch.allclose(sample, network.denormalise(target).expand(3, 6, 3), atol=1e-5)
 
 
-def test_velocity_points_from_noise_to_actions():
-    network = small_network()
-    actions, noise, t = torch.randn(5, 18), torch.randn(5, 18), torch.rand(5) * 0.9
-    network.decoder.forward = lambda x, t, latent: actions
-    x = (1 - t)[:, None] * noise + t[:, None] * actions
-    assert torch.allclose(network.velocity(x, t, torch.zeros(5, 16)), actions - noise, atol=1e-4)
+def test_samples_go_straight_from_noise_to_actions():
+    network = small_network(euler_steps=4)
+    actions, noise, seen = torch.randn(5, 18), torch.randn(5, 18), []
+
+    def predict(x, t, latent, clean=None):
+        seen.append((t, x))
+        return actions
+
+    network.decoder.forward = predict
+    network.sample(torch.zeros(5, 16), noise)
+    assert [float(t[0]) for t, _ in seen] == [0.0, 0.25, 0.5, 0.75]
+    for t, x in seen:
+        assert torch.allclose(x, (1 - t)[:, None] * noise + t[:, None] * actions, atol=1e-5)
 
 
 def test_prediction_shapes_and_determinism(policy):
@@ -113,6 +121,169 @@ def test_temperature_scales_the_noise():
     network = small_network(temperature=0.0)
     latent, noise = torch.randn(2, 16), torch.randn(2, 18)
     assert torch.equal(network.sample(latent, noise), network.sample(latent, 2 * noise))
+
+
+# ---- real-time chunking
+
+
+def plain_weights(known, delay):
+    """Equation 5 of arXiv 2506.07339, slot by slot; what is known ends at H - s."""
+    weights = []
+    for i in range(known):
+        c = (known - i) / (known - delay + 1)
+        weights.append(1.0 if i < delay else c * (math.exp(c) - 1) / (math.e - 1))
+    return weights
+
+
+@pytest.mark.parametrize(("known", "delay"), [(10, 3), (40, 10), (5, 0), (4, 4), (1, 0), (1, 1)])
+def test_guidance_weights_are_those_of_the_paper(known, delay):
+    weights = guidance_weights(known, delay)
+    assert weights.dtype == np.float32 and np.allclose(weights, plain_weights(known, delay), atol=1e-6)
+    assert (weights[:delay] == 1).all() and (0 < weights[delay:]).all() and (weights[delay:] < 1).all()
+    assert (np.diff(weights[delay:]) < 0).all()
+
+
+def continuation(slots, delay, mode="rtc", seed=3):
+    actions = np.random.default_rng(seed).standard_normal((slots, 3)).astype(np.float32)
+    return Continuation(actions, delay, mode)
+
+
+def guided_reference(x, matrix, offset, known, weights, steps):
+    """Equations 1 to 4 of arXiv 2506.07339 for the clean chunk matrix @ x + offset, whose Jacobian is the matrix."""
+    for i in range(steps):
+        t = i / steps
+        clean = matrix @ x + offset
+        velocity = (clean - x) / (1 - t)
+        r2 = (1 - t) ** 2 / (t**2 + (1 - t) ** 2)
+        beta = min(5.0, (1 - t) / (t * r2)) if t else 5.0
+        x = x + (velocity + beta * (weights * (known - clean)) @ matrix) / steps
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 5, 8])
+def test_guidance_is_that_of_the_paper(steps):
+    network, rng = small_network(euler_steps=steps), np.random.default_rng(0)
+    matrix, offset, noise = 0.3 * rng.standard_normal((18, 18)), rng.standard_normal(18), rng.standard_normal(18)
+    m, b = torch.tensor(matrix, dtype=torch.float32), torch.tensor(offset, dtype=torch.float32)
+    network.decoder.forward = lambda x, t, latent, clean=None: x @ m.T + b
+    given = continuation(4, 2)
+    sample = network.sample(torch.zeros(1, 16), torch.tensor(noise, dtype=torch.float32)[None], given)
+    known, weights = np.zeros(18), np.zeros(18)
+    known[:12] = network.normalise(torch.tensor(given.actions)).numpy()
+    weights[:12] = np.repeat(plain_weights(4, 2), 3)
+    expected = guided_reference(noise, matrix, offset, known, weights, steps)
+    assert np.allclose(network.normalise(sample)[0].numpy(), expected, atol=1e-3)
+
+
+def test_guidance_pulls_to_the_known_actions_and_leaves_the_rest():
+    """With a decoder that denoises nothing, each number of the chunk is guided alone."""
+    network, given = small_network(), continuation(4, 2)
+    network.decoder.forward = lambda x, t, latent, clean=None: x
+    latent, noise = torch.zeros(3, 16), torch.randn(3, 18)
+    plain, guided = network.sample(latent, noise), network.sample(latent, noise, given)
+    known = torch.tensor(given.actions)
+    before, after = (plain[:, :4] - known).abs(), (guided[:, :4] - known).abs()
+    assert (after[:, :2] < 0.01 * before[:, :2]).all(), "the first d slots"
+    assert (after[:, 2:] < before[:, 2:]).all(), "those after them follow less"
+    assert (after[:, 3] > after[:, 1]).all()
+    assert torch.equal(guided[:, 4:], plain[:, 4:]), "nothing is known of the rest"
+
+
+def test_guidance_chooses_the_way_that_was_begun():
+    """Two chunks are equally good; the sample takes the one whose beginning is known."""
+    network = small_network(euler_steps=5)
+    one_way = torch.linspace(-1, 1, 18).roll(5)
+    optimiser = torch.optim.Adam(network.decoder.parameters(), 3e-3)
+    for _ in range(200):
+        x1 = one_way * torch.randint(2, (128, 1)).mul(2).sub(1)
+        t = torch.rand(128)
+        x = (1 - t)[:, None] * torch.randn(128, 18) + t[:, None] * x1
+        loss = (network.decoder(x, t, torch.zeros(128, 16)) - x1).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    latent, noise = torch.zeros(200, 16), torch.randn(200, 18)
+
+    def share(given):
+        with torch.inference_mode():
+            samples = network.normalise(network.sample(latent, noise, given))
+        return float((samples[:, 12:] @ one_way[12:] > 0).float().mean())  # of slots about which nothing is known
+
+    actions = network.denormalise(one_way).numpy()[:4]
+    print(share(None), share(Continuation(actions, 2, "rtc")))
+    assert 0.3 < share(None) < 0.7
+    assert share(Continuation(actions, 2, "rtc")) > 0.95
+
+
+def test_guidance_works_without_recording_gradients(policy):
+    given = continuation(4, 2)
+    guided = policy.predict(observation(), "pick", seed=1, continuation=given)
+    plain = policy.predict(observation(), "pick", seed=1)
+    assert np.array_equal(guided.latent, plain.latent) and not np.allclose(guided.actions, plain.actions, atol=1e-3)
+    noise = torch.randn(1, 18, generator=torch.Generator().manual_seed(1))
+    sample = policy.network.sample(torch.tensor(guided.latent)[None], noise, given).detach()
+    assert np.allclose(sample[0].numpy(), guided.actions, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["rtc", "tt_rtc"])
+def test_nothing_known_is_plain_sampling(policy, mode):
+    plain = policy.predict(observation(), "pick", seed=1)
+    nothing = Continuation(np.zeros((0, 3), np.float32), 0, mode)
+    assert np.array_equal(policy.predict(observation(), "pick", seed=1, continuation=nothing).actions, plain.actions)
+
+
+def test_no_delay_is_plain_sampling_for_a_policy_trained_with_prefixes():
+    network = small_network(prefix_slots=3)
+    latent, noise = torch.randn(2, 16), torch.randn(2, 18)
+    assert torch.equal(network.sample(latent, noise, continuation(4, 0, "tt_rtc")), network.sample(latent, noise))
+
+
+def test_prefix_is_kept_and_the_rest_follows_from_it():
+    network, latent, noise = small_network(prefix_slots=3), torch.randn(2, 16), torch.randn(2, 18)
+    samples, masks = [], []
+    forward = network.decoder.forward
+
+    def watched(x, t, latent, clean=None):
+        masks.append(clean)
+        return forward(x, t, latent, clean)
+
+    network.decoder.forward = watched
+    for seed in (3, 4):
+        given = continuation(5, 2, "tt_rtc", seed)
+        samples.append(network.sample(latent, noise, given))
+        assert torch.allclose(samples[-1][:, :2], torch.tensor(given.actions[:2]).expand(2, 2, 3), atol=1e-6)
+    assert all(mask.tolist() == [[1, 1, 0], [1, 1, 0]] for mask in masks) and len(masks) == 10
+    assert not torch.allclose(samples[0][:, 2:], samples[1][:, 2:], atol=1e-4), "the rest depends on the prefix"
+    same = dataclasses.replace(given, actions=np.concatenate([given.actions[:2], given.actions[2:] + 1]))
+    assert torch.equal(network.sample(latent, noise, same), samples[1]), "only the prefix counts"
+
+
+def test_a_delay_beyond_the_training_is_refused(policy):
+    with pytest.raises(PolicyError, match="4 steps.*at most 3"):
+        small_network(prefix_slots=3).sample(torch.zeros(1, 16), torch.zeros(1, 18), continuation(5, 4, "tt_rtc"))
+    with pytest.raises(PolicyError, match="1 steps.*at most 0"):
+        policy.predict(observation(), "pick", seed=0, continuation=continuation(5, 1, "tt_rtc"))
+    with pytest.raises(PolicyError, match="'blend'"):
+        policy.predict(observation(), "pick", seed=0, continuation=continuation(5, 1, "blend"))
+
+
+def test_prefix_slots_are_checked_and_part_of_the_policy_id(tmp_path):
+    with pytest.raises(ConfigError, match="prefix_slots is 6, allowed is 0 to 5"):
+        small_network(prefix_slots=6)
+    config = save_network(small_network(prefix_slots=3), tmp_path, "tiny")
+    assert load_network(tmp_path).config == config
+    text = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(text | {"prefix_slots": 2}))
+    with pytest.raises(PolicyError, match="size mismatch"):
+        load_network(tmp_path)
+
+
+def test_policies_from_before_prefixes_load(tmp_path):
+    config = save_network(small_network(), tmp_path, "tiny")
+    text = json.loads((tmp_path / "config.json").read_text())
+    assert text.pop("prefix_slots") == 0
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    assert load_network(tmp_path).config == config
 
 
 def test_saved_policy_keeps_its_function(tmp_path):

@@ -110,9 +110,9 @@ class PlannerConfig(Parameters):
     )
     chunking: str = parameter(
         "asynchronous",
-        "How chunks follow each other: asynchronous (during the inference the last one goes on), synchronous (the robot "
-        "stands still; with correction.enabled false), rtc (asynchronous, and the policy is guided to go on from the "
-        "last chunk), tt_rtc (the policy was trained to go on from it)",
+        "How chunks follow each other: asynchronous (during an inference the last one goes on), synchronous (the robot "
+        "stands still; only with correction.enabled false), rtc (asynchronous, and the policy is guided to go on from "
+        "the last chunk), tt_rtc (the policy was trained to go on from it)",
         choices=("asynchronous", "synchronous", "rtc", "tt_rtc"),
     )
     seed: int = parameter(0, "Seed of the policy's noise and of the delay's jitter", low=0, high=2**31 - 1)

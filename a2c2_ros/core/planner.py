@@ -73,7 +73,9 @@ class PlannerSchedule:
         """
         flying = self._in_flight
         if flying is not None and t_obs_ns - flying.t_obs_ns < self._lifetime_ns:
-            if t_obs_ns < flying.t_due_ns or flying.chunking == "synchronous":
+            if flying.chunking == "synchronous":
+                return False  # once it is published, it is executed
+            if t_obs_ns < flying.t_due_ns:
                 return False
         if self._cold(t_obs_ns):
             return True

@@ -56,7 +56,6 @@ class Continuation:
                 f"delay_steps is {self.delay_steps}, allowed is 0 to the {len(self.actions)} actions that are left"
             )
 
-
     @classmethod
     def of(cls, request: ChunkRequest) -> "Continuation | None":
         """What the chunk of a request has to go on from; None: nothing."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from a2c2_ros.core.errors import SimulationError
 from a2c2_ros.sim import conventions as c
+from a2c2_ros.sim.meshes import simplified
 
 with contextlib.redirect_stdout(io.StringIO()):  # the benchmark reports its task lists on import
     from libero.libero.benchmark import get_benchmark
@@ -21,6 +22,16 @@ ARM_NOISE_RAD = 0.02
 """Standard deviation of the arm's joints at the start of an episode: robosuite's default, seen in LIBERO's states."""
 MIN_CONTRAST = 8.0
 """Grey-level standard deviation below which a frame is taken for a failed render. Real frames have more than 25."""
+MOTIONS = ("none", "drift", "push")
+"""What the plate does during an episode: nothing; slide to and fro all the time; slide once, early in the episode."""
+DRIFT_SPEED_M_S = 0.02
+DRIFT_LIMIT_M = 0.08
+"""Distance from its place at which the drifting plate turns."""
+PUSH_SPEED_M_S = 0.2
+PUSH_LENGTH_M = 0.08
+PUSH_STEPS = (10, 40)
+"""Range of the step at which the push begins: after the first chunk, before the bowl is there."""
+_DIRECTIONS = 8
 _PLACEMENT_ATTEMPTS = 100
 
 
@@ -39,15 +50,28 @@ class LiberoEnv:
         task: Task number, 0 to 9 (LIBERO's task order 0).
         image_size: Edge of the square camera images [pixel].
         render: False leaves the images out and makes a step several times cheaper.
+        full_meshes: True draws LIBERO's meshes as they are, four times slower; see ``sim.meshes``.
+        motion: One of ``MOTIONS``.
 
     Raises:
-        SimulationError: If there is no such task, or the renderer cannot be made.
+        SimulationError: If there is no such task or motion, or the renderer cannot be made.
     """
 
-    def __init__(self, task: int, *, image_size: int = c.IMAGE_SIZE, render: bool = True):
+    def __init__(
+        self,
+        task: int,
+        *,
+        image_size: int = c.IMAGE_SIZE,
+        render: bool = True,
+        full_meshes: bool = False,
+        motion: str = "none",
+    ):
         if isinstance(task, bool) or not isinstance(task, (int, np.integer)) or task not in c.TASKS:
             raise SimulationError(f"unknown task {task!r} of {c.SUITE}, allowed are the integers 0 to {c.TASKS[-1]}")
+        if motion not in MOTIONS:
+            raise SimulationError(f"motion is {motion!r}, allowed are {MOTIONS}")
         self.task = int(task)
+        self.motion = motion
         self.image_size = int(image_size)
         with contextlib.redirect_stdout(io.StringIO()):
             benchmark = get_benchmark(c.SUITE)(0)
@@ -67,7 +91,10 @@ class LiberoEnv:
         self._env._observables.clear()
         self._model = self._env.sim.model._model
         self._data = self._env.sim.data._data
+        self._drawn = self._model if full_meshes or not render else simplified(self._model)
         self._renderer = self._make_renderer() if render else None
+        self._images: dict[str, np.ndarray] = {}
+        self._motion: _PlateMotion | None = None
 
     @property
     def control_timestep_s(self) -> float:
@@ -115,16 +142,18 @@ class LiberoEnv:
         robot.controller.reset_goal()
         for _ in range(c.SETTLE_STEPS):
             env.step(c.IDLE_ACTION)
+        self._motion = None if self.motion == "none" else _PlateMotion(self, self.motion, np.random.default_rng(seed))
         observation = self.observe()
         self._check_frames(observation)
         return observation
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
+    def step(self, action: np.ndarray, look: bool = True) -> tuple[dict[str, np.ndarray], bool]:
         """Applies one action for one control period.
 
         Args:
             action: (7,) in the order of ``conventions.ACTION_NAMES``; values outside [-1, 1] are clipped. The gripper
                 moves by the sign of its value.
+            look: False spares the rendering: the observation has the images of the last look.
 
         Returns:
             The observation after the step, and whether LIBERO's goal of the task holds now.
@@ -137,11 +166,13 @@ class LiberoEnv:
             raise SimulationError(f"the action has shape {action.shape}, allowed is ({c.ACTION_DIM},)")
         if not np.isfinite(action).all():
             raise SimulationError(f"the action is not finite: {action.tolist()}")
+        if self._motion is not None:
+            self._motion.advance()
         _, _, success, _ = self._env.step(np.clip(action, c.ACTION_LOW, c.ACTION_HIGH))
-        return self.observe(), bool(success)
+        return self.observe(look), bool(success)
 
-    def observe(self) -> dict[str, np.ndarray]:
-        """Returns the observation of the present state, see the class."""
+    def observe(self, look: bool = True) -> dict[str, np.ndarray]:
+        """Returns the observation of the present state, see the class; ``look`` as in :meth:`step`."""
         robot = self._env.robots[0]
         position = self._data.site_xpos[robot.eef_site_id]
         orientation = self._data.body(robot.robot_model.eef_name).xquat
@@ -150,11 +181,11 @@ class LiberoEnv:
             "ee_pose": np.concatenate([position, np.roll(orientation, -1)]),
             "joint_position": self._data.qpos[joints],
         }
-        if self._renderer is not None:
+        if self._renderer is not None and look:
             for name, camera in c.LIBERO_CAMERAS.items():
                 self._renderer.update_scene(self._data, camera=camera, scene_option=self._scene_option)
-                observation[name] = self._renderer.render()
-        return observation
+                self._images[name] = self._renderer.render()
+        return observation | self._images
 
     def object_pose(self, name: str) -> np.ndarray:
         """Privileged: pose of an object or fixture, for the expert and for training labels only.
@@ -207,10 +238,10 @@ class LiberoEnv:
         self.close()
 
     def _make_renderer(self) -> mujoco.Renderer:
-        self._model.vis.quality.offsamples = 0
+        self._drawn.vis.quality.offsamples = 0
         self._scene_option = mujoco.MjvOption()
         self._scene_option.geomgroup[0] = 0  # collision shapes
-        renderer = mujoco.Renderer(self._model, self.image_size, self.image_size)
+        renderer = mujoco.Renderer(self._drawn, self.image_size, self.image_size)
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         return renderer
@@ -254,6 +285,45 @@ class LiberoEnv:
         while (inner := self._model.body_parentid[roots] != 0).any():
             roots[inner] = self._model.body_parentid[roots[inner]]
         return roots
+
+
+class _PlateMotion:
+    """Slides the plate over the table, in a direction that is free of other objects.
+
+    The position is set, not the velocity: friction must not decide how far it goes.
+    """
+
+    def __init__(self, env: LiberoEnv, kind: str, rng: np.random.Generator) -> None:
+        self._kind = kind
+        self._timestep_s = env.control_timestep_s
+        self._data = env._data
+        joint = env._model.body_jntadr[env._body_id(c.PLATE)]
+        self._position = slice(env._model.jnt_qposadr[joint], env._model.jnt_qposadr[joint] + 2)
+        self._velocity = slice(env._model.jnt_dofadr[joint], env._model.jnt_dofadr[joint] + 6)
+        self._step, self._moved_m, self._sign = 0, 0.0, 1.0
+        self._push_at = int(rng.integers(*PUSH_STEPS))
+        names = [name for name in env._env.obj_body_id if name != c.PLATE]
+        others = np.stack([env.object_pose(name)[:2] for name in names])
+        angles = rng.uniform(0.0, 2 * np.pi, _DIRECTIONS)
+        directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        ends = self._data.qpos[self._position] + PUSH_LENGTH_M * directions
+        room = np.linalg.norm(ends[:, None] - others[None], axis=2).min(axis=1)
+        self._direction = directions[np.argmax(room)]
+
+    def advance(self) -> None:
+        """Move by one control step."""
+        speed_m_s = DRIFT_SPEED_M_S
+        if self._kind == "push":
+            waits = self._step < self._push_at or self._moved_m >= PUSH_LENGTH_M
+            speed_m_s = 0.0 if waits else PUSH_SPEED_M_S
+        elif abs(self._moved_m) >= DRIFT_LIMIT_M and self._moved_m * self._sign > 0:
+            self._sign = -self._sign
+        self._step += 1
+        if speed_m_s:
+            way_m = self._sign * speed_m_s * self._timestep_s
+            self._moved_m += way_m
+            self._data.qpos[self._position] += way_m * self._direction
+            self._data.qvel[self._velocity] = 0.0
 
 
 @contextlib.contextmanager

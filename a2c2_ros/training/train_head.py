@@ -1,181 +1,399 @@
-"""Train the compact head on cached base chunks.
+"""Train a correction head on base chunks.
 
 ``python -m a2c2_ros.training.train_head --data DIR --policy DIR --out DIR``. Paper equation 8 and 9:
-(o_{t+k}, Â_t[k], τ_k, z_t, l) -> a_{t+k} - Â_t[k], k uniform, mean squared error.
+(o_{t+k}, Â_t[k], τ_k, z_t, l) -> a_{t+k} - Â_t[k], k uniform, mean squared error. Ablations and controls are options;
+what they take away is taken away by the exported graph, too, so that a control loop runs every head alike.
 """
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.features import time_feature
-from a2c2_ros.heads.base import load_head, save_head
-from a2c2_ros.heads.compact import CompactHead
-from a2c2_ros.policies.flow import load_network
-from a2c2_ros.training.cache_chunks import load_chunks
+from a2c2_ros.heads.base import ABLATIONS, ARCHITECTURES, Head, head_type, load_head, save_head, variant
+from a2c2_ros.policies.flow import FlowNetwork, load_network
 from a2c2_ros.training.dataset import Augmentation, Demonstrations, load_demonstrations, observations
+from a2c2_ros.training.joining import BaseChunks, JoinedDemonstrations, concatenate, concatenate_chunks, load_base
 from a2c2_ros.training.loop import LoopConfig, train
 from a2c2_ros.training.record import fingerprint, plot_losses, write_record
 from a2c2_ros.training.train_policy import SLOT_RANGE, VALIDATION_FRAMES, describe, language_table
 
-DRAWS = 8  # slots per encoded observation: the encoder is most of the cost
+VALIDATION_DRAWS = 8  # slots per frame
+VALIDATION_BATCH = 128  # frames
+PAPER_STEPS = 200_000
 
-DEPARTURES = (
-    "Compact network, its encoder initialised from the base policy's, instead of ResNet-18 and a transformer.",
-    "AdamW 5e-4 with a cosine schedule and a moving average of the weights, instead of 1e-5 constant; fewer steps.",
-    "The error is in standard deviations of each action instead of action units.",
-    "The frame t+k is drawn uniformly, then k uniformly over the slots whose frame t exists; several k share a frame.",
-)
+LOSS_UNITS = {"action": "action units", "deviation": "action standard deviations"}
+RECIPES = {
+    "paper": {
+        "learning_rate": 1e-5,
+        "schedule": "constant",
+        "weight_decay": 1e-5,
+        "warmup_steps": 1,
+        "average_decay": 0.0,
+        "draws": 1,
+        "loss_unit": "action",
+    },
+    "ours": {
+        "learning_rate": 5e-4,
+        "schedule": "cosine",
+        "weight_decay": 1e-5,
+        "warmup_steps": 200,
+        "average_decay": 0.999,
+        "draws": 8,
+        "loss_unit": "deviation",
+    },
+}
+"""Defaults of the options; the paper's are of its table 6 (AdamW, batch 64, 200,000 steps)."""
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="LeRobotDataset")
-    parser.add_argument("--policy", type=Path, required=True, help="policy folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the head")
-    parser.add_argument("--holdout", type=float, default=0.05, help="must be the policy's")
-    parser.add_argument(
-        "--mismatch",
+@dataclass(frozen=True)
+class HeadRecipe:
+    """How a head's training samples are drawn and what its loss is."""
+
+    draws: int = 8  # slots per encoded observation: the encoder is most of the cost
+    loss_unit: str = "deviation"  # the squared error's, see LOSS_UNITS
+    slots: tuple[int, int] | None = None  # k in [low, high); None: the whole chunk
+    mismatch: float = 0.0  # share of base chunks from another frame of the task, so that the head must look
+    executed: float = 1.0  # share of the draws that take a frame's executed base action, where one is known
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ConfigError(f"draws is {self.draws}, allowed is 1 or more")
+        if self.loss_unit not in LOSS_UNITS:
+            raise ConfigError(f"loss_unit is {self.loss_unit!r}, allowed are {sorted(LOSS_UNITS)}")
+        for name in ("mismatch", "executed"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, allowed is 0 to 1")
+
+    def slot_range(self, horizon: int) -> tuple[int, int]:
+        """Lowest slot and one past the highest.
+
+        Raises:
+            ConfigError: If a chunk of ``horizon`` slots has no such range.
+        """
+        low, high = self.slots or (0, horizon)
+        if not 0 <= low < high <= horizon:
+            raise ConfigError(f"slots are {low} to {high}, allowed is 0 <= low < high <= {horizon}")
+        return low, high
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; ``RECIPES`` has further defaults."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, nargs="+", required=True, help="one or more LeRobotDatasets, joined")
+    p.add_argument("--policy", type=Path, required=True, help="policy folder")
+    p.add_argument("--out", type=Path, required=True, help="folder of the head")
+    p.add_argument("--holdout", type=float, default=0.05, help="must be the policy's")
+    p.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="compact", help="default compact")
+    p.add_argument(
+        "--recipe",
+        choices=sorted(RECIPES),
+        help="defaults of optimiser, loss and draws (default: paper for the transformer, else ours)",
+    )
+    p.add_argument(
+        "--image-size",
+        type=int,
+        default=0,
+        help="transformer: side that images are scaled to, e.g. 224 [pixels]; default 0, as they are",
+    )
+    p.add_argument("--slots", type=int, nargs=2, metavar=("LOW", "HIGH"), help="draw k in [LOW, HIGH), e.g. [d, d + e)")
+    p.add_argument("--mismatch", type=float, default=0.0, help="share of base chunks from another frame of the task")
+    p.add_argument(
+        "--executed",
         type=float,
-        default=0.0,
-        help="fraction of base chunks taken from another frame of "
-        "the task, so that the head must look; 0 is the paper's recipe",
+        default=1.0,
+        help="share of draws with the base action that was executed, in data of training.on_policy (default 1)",
     )
-    LoopConfig.add_arguments(parser, learning_rate=5e-4, schedule="cosine", weight_decay=1e-5)
-    arguments = parser.parse_args()
+    p.add_argument("--without", choices=ABLATIONS, nargs="+", default=[], help="ablation: inputs to take away")
+    p.add_argument("--residual-limit", type=float, default=0.0, help="largest residual [action units]; 0: none")
+    p.add_argument("--reactive", action="store_true", help="control: the action itself from the observation alone")
+    p.add_argument("--draws", type=int, help="slots per encoded observation")
+    p.add_argument("--loss-unit", choices=sorted(LOSS_UNITS), help="unit of the squared error")
+    LoopConfig.add_arguments(p, learning_rate=None, schedule=None, weight_decay=None)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    p = parser()
+    asked, _ = p.parse_known_args(argv)
+    p.set_defaults(**RECIPES[asked.recipe or ("paper" if asked.architecture == "transformer" else "ours")])
+    arguments = p.parse_args(argv)
+    recipe = HeadRecipe(
+        # One observation of a reactive head is one sample, whatever the slot.
+        draws=1 if arguments.reactive else arguments.draws,
+        loss_unit=arguments.loss_unit,
+        slots=tuple(arguments.slots) if arguments.slots else None,
+        mismatch=arguments.mismatch,
+        executed=arguments.executed,
+    )
+    loop = LoopConfig.from_arguments(arguments)
     policy = load_network(arguments.policy)
-    data = load_demonstrations(arguments.data, policy.config.cameras)
-    chunks = load_chunks(arguments.data / "chunks" / policy.config.policy_id, data)
-    head = CompactHead.for_policy(policy, data.data_hash)
-    train_head(
-        data, chunks, head, LoopConfig.from_arguments(arguments), arguments.out, arguments.holdout, arguments.mismatch
+    parts = [load_demonstrations(root, policy.config.cameras) for root in arguments.data]
+    data = concatenate(parts)
+    chunks = concatenate_chunks(
+        [
+            load_base(root, part, policy.config.policy_id, cache=recipe.executed < 1.0)
+            for root, part in zip(arguments.data, parts, strict=True)
+        ]
     )
+    torch.manual_seed(loop.seed)
+    head = make_head(
+        arguments.architecture,
+        policy,
+        data.data_hash,
+        image_size=arguments.image_size,
+        without=tuple(arguments.without),
+        residual_limit=arguments.residual_limit,
+        reactive=arguments.reactive,
+    )
+    train_head(data, chunks, head, loop, arguments.out, arguments.holdout, recipe)
+
+
+def make_head(
+    architecture: str, policy: FlowNetwork, data_hash: str, *, image_size: int = 0, **options: object
+) -> Head:
+    """An untrained head for a policy; an MLP takes no cameras.
+
+    Args:
+        architecture: Key of ``ARCHITECTURES``.
+        policy: Base policy.
+        data_hash: Of the data that it will be trained on.
+        image_size: Side that a transformer's images are scaled to [pixels]; 0 leaves them.
+        **options: Further fields of :class:`HeadConfig`: ``without``, ``residual_limit``, ``reactive``.
+
+    Raises:
+        ConfigError: If the options do not go together.
+    """
+    if image_size:
+        if architecture != "transformer":
+            raise ConfigError(f"image size is {image_size}, the {architecture} head allows only 0, as the images are")
+        options["encoded_size"] = image_size
+    if architecture == "mlp":
+        options["cameras"] = ()
+    return head_type(architecture).for_policy(policy, data_hash, **options)
+
+
+def draw_bases(
+    data: Demonstrations,
+    chunks: BaseChunks,
+    recipe: HeadRecipe,
+    frames: np.ndarray,
+    rng: np.random.Generator,
+    of_task: Sequence[np.ndarray] = (),
+    views: int | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the base policy wants at each frame, from a chunk that started k steps before.
+
+    A frame that is too early in its episode for the lowest slot takes its episode's first chunk, as a cold start does.
+
+    Args:
+        data: Demonstrations.
+        chunks: Of their frames.
+        recipe: Says how k and the chunk are chosen.
+        frames: (B,) the frames that are observed.
+        rng: Draws.
+        of_task: Per task, the frames whose chunks may be mismatched; needed if the recipe has a mismatch.
+        views: Use the first so many views of the cache, None for all.
+
+    Returns:
+        Base actions (B, A) float32, slots k (B,) and latents (B, Z) float32.
+    """
+    low, high = recipe.slot_range(chunks.actions.shape[2])
+    count = len(frames)
+    available = np.minimum(high, frames - data.start[frames] + 1)
+    k = rng.integers(np.minimum(low, available - 1), available)
+    base = frames - k
+    view = rng.integers(0, views or len(chunks.actions), count)
+    foreign = rng.random(count) < recipe.mismatch
+    k[foreign] = rng.integers(low, high, foreign.sum())
+    base[foreign] = [rng.choice(of_task[data.task[frame]]) for frame in frames[foreign]]
+    wanted = (rng.random(count) < recipe.executed) | ~chunks.cached[frames]
+    executed = wanted & (chunks.slot[frames] >= 0) & ~foreign
+    action = np.where(executed[:, None], chunks.action[frames], chunks.actions[view, base, k])
+    latent = np.where(executed[:, None], chunks.latent[frames], chunks.latents[view, base])
+    return action, np.where(executed, chunks.slot[frames], k), latent
 
 
 def train_head(
     data: Demonstrations,
-    chunks: tuple[np.ndarray, np.ndarray],
-    head: CompactHead,
+    chunks: BaseChunks,
+    head: Head,
     loop: LoopConfig,
     out: Path,
     holdout: float = 0.05,
-    mismatch: float = 0.0,
+    recipe: HeadRecipe = HeadRecipe(),
     augmentation: Augmentation | None = None,
-) -> CompactHead:
+) -> Head:
     """Train a head and write ``head.safetensors`` with its record.
 
     Args:
         data: Demonstrations.
-        chunks: Base actions (views, N, H, A) and latents (views, N, Z), see :func:`cache_chunks.load_chunks`.
+        chunks: Base chunks of their frames, see ``training.joining``.
         head: Trained in place.
         loop: Hyper-parameters.
         out: Folder.
         holdout: Fraction of the episodes for validation; the base policy must not have been trained on them.
-        mismatch: Fraction of base chunks from another frame of the same task.
+        recipe: How samples are drawn.
         augmentation: Of the newest observation.
 
     Returns:
         The head as stored.
 
     Raises:
-        ConfigError: If ``mismatch`` is outside 0 to 1.
+        ConfigError: If the recipe does not fit the chunks or the head, or ``out`` has the checkpoint of another
+            training.
     """
-    if not 0.0 <= mismatch <= 1.0:
-        raise ConfigError(f"mismatch is {mismatch}, allowed is 0 to 1")
     augmentation = augmentation or Augmentation()
-    training, validation = data.split(holdout)
+    horizon = head.config.horizon
+    recipe.slot_range(horizon)
+    if loop.workers > 1 and any(isinstance(module, (nn.BatchNorm2d, nn.Dropout)) for module in head.modules()):
+        raise ConfigError(
+            f"workers is {loop.workers}, the {head.architecture} head allows 1: its batch statistics and drop-out "
+            "cannot be shared by threads"
+        )
+    known = chunks.cached | (chunks.slot >= 0)
+    training, validation = (indices[known[indices]] for indices in data.split(holdout))
     validation = np.random.default_rng(0).permutation(validation)[:VALIDATION_FRAMES]
     language = language_table(data)
-    of_task = [training[data.task[training] == task] for task in range(len(data.instructions))]
-    horizon = head.config.horizon
+    cached = training[chunks.cached[training]]
+    of_task = [cached[data.task[cached] == task] for task in range(len(data.instructions))]
+    if recipe.mismatch and not all(len(frames) for frames in of_task):
+        raise ConfigError(f"mismatch is {recipe.mismatch}, without cached chunks of every task only 0 is allowed")
+    seen = dataclasses.replace(data, frames={name: data.frames[name] for name in head.config.cameras})
     taus = np.stack([time_feature(k, horizon) for k in range(horizon)])
-    actions, latents = chunks
+    validated = dataclasses.replace(recipe, slots=None, mismatch=0.0)
 
-    def slots(
-        model: CompactHead, frames: np.ndarray, base: np.ndarray, k: np.ndarray, view: np.ndarray
-    ) -> list[Tensor]:
+    def residual_error(
+        model: Head, frames: np.ndarray, rng: np.random.Generator, validating: bool = False
+    ) -> tuple[Tensor, Tensor, np.ndarray]:
+        """What the base and the corrected action lack, (B * draws, A) each, and the slots."""
         device = model.action_std.device
-        arrays = (actions[view, base, k], taus[k], latents[view, base], data.action[frames])
-        return [torch.tensor(array, device=device) for array in arrays]
 
-    def features(
-        model: CompactHead, frames: np.ndarray, change: Augmentation | None, rng: np.random.Generator
-    ) -> Tensor:
-        device = model.action_std.device
-        images, state = observations(data, frames, change, rng)
-        tensors = {name: torch.tensor(array, device=device) for name, array in images.items()}
-        return model.encoder.features(
-            tensors, torch.tensor(state, device=device), language[data.task[frames]].to(device)
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.tensor(array, device=device)
+
+        draws = VALIDATION_DRAWS if validating else recipe.draws
+        images, state = observations(seen, frames, None if validating else augmentation, rng)
+        words = language[data.task[frames]].to(device)
+        tokens = {name: model.encode_image(name, tensor(image), words) for name, image in images.items()}
+        repeated = np.tile(frames, draws)
+        if validating:
+            action, k, latent = draw_bases(data, chunks, validated, repeated, rng, views=1)
+        else:
+            action, k, latent = draw_bases(data, chunks, recipe, repeated, rng, of_task)
+        base = tensor(action)
+        residual = model.fuse(
+            {name: token.repeat(draws, 1) for name, token in tokens.items()},
+            tensor(state).repeat(draws, 1),
+            base,
+            tensor(taus[k]),
+            tensor(latent),
+            words.repeat(draws, 1),
         )
+        missing = tensor(data.action[repeated]) - base
+        return missing, missing - residual, k
 
-    def loss(model: CompactHead, rng: np.random.Generator, size: int) -> Tensor:
-        batch = rng.choice(training, size)
-        encoded = features(model, batch, augmentation, rng).repeat(DRAWS, 1)
-        frames = np.tile(batch, DRAWS)
-        k = rng.integers(0, np.minimum(horizon, frames - data.start[frames] + 1))
-        base = frames - k
-        foreign = rng.random(len(frames)) < mismatch
-        k[foreign] = rng.integers(0, horizon, foreign.sum())
-        base[foreign] = [rng.choice(of_task[data.task[frame]]) for frame in frames[foreign]]
-        action, tau, latent, label = slots(model, frames, base, k, rng.integers(0, len(actions), len(frames)))
-        residual = model.correct(encoded, action, tau, latent)
-        return ((residual - (label - action)) / model.action_std).float().square().mean()
+    def squared(model: Head, error: Tensor) -> Tensor:
+        scale = model.action_std if recipe.loss_unit == "deviation" else 1.0
+        return (error / scale).float().square().mean()
 
-    def validate(model: CompactHead) -> dict[str, float]:
+    def loss(model: Head, rng: np.random.Generator, size: int) -> Tensor:
+        torch.manual_seed(int(rng.integers(2**31)))  # drop-out knows no other generator
+        _, error, _ = residual_error(model, rng.choice(training, size), rng)
+        return squared(model, error)
+
+    def validate(model: Head) -> dict[str, float]:
+        for average, latest in zip(model.buffers(), head.buffers(), strict=True):
+            average.copy_(latest)  # statistics of batch normalisation: the loop averages the parameters only
         rng = np.random.default_rng(0)
-        encoded = torch.cat(
-            [features(model, validation[i : i + 128], None, rng) for i in range(0, len(validation), 128)]
-        )
-        frames = np.tile(validation, DRAWS)
-        k = rng.integers(0, np.minimum(horizon, frames - data.start[frames] + 1))
-        action, tau, latent, label = slots(model, frames, frames - k, k, np.zeros_like(k))
-        residual = model.correct(encoded.repeat(DRAWS, 1), action, tau, latent)
-        scaled = ((residual - (label - action)) / model.action_std).square().mean()
-        metrics = {"loss": scaled.item()}
-        for name, error in (("base_error", label - action), ("error", label - action - residual)):
-            error = error.abs().mean(dim=1).cpu().numpy()
-            metrics[name] = float(error.mean())
-            for low in range(0, horizon, SLOT_RANGE):
-                part = (k >= low) & (k < low + SLOT_RANGE)
-                if part.any():
-                    metrics[f"{name}_{low}"] = float(error[part].mean())
+        parts = [validation[i : i + VALIDATION_BATCH] for i in range(0, len(validation), VALIDATION_BATCH)]
+        results = [residual_error(model, part, rng, validating=True) for part in parts]
+        frames = np.concatenate([np.tile(part, VALIDATION_DRAWS) for part in parts])
+        k = np.concatenate([slots for _, _, slots in results])
+        missing, error = (torch.cat([result[i] for result in results]) for i in (0, 1))
+        metrics = {"loss": squared(model, error).item()}
+        groups = {f"_{low}": (k >= low) & (k < low + SLOT_RANGE) for low in range(0, horizon, SLOT_RANGE)}
+        if isinstance(data, JoinedDemonstrations):
+            groups |= {f"_data{number}": data.part[frames] == number for number in range(len(data.hashes))}
+        for name, values in (("base_error", missing), ("error", error)):
+            size = values.abs().mean(dim=1).float().cpu().numpy()
+            metrics[name] = float(size.mean())
+            metrics |= {f"{name}{suffix}": float(size[part].mean()) for suffix, part in groups.items() if part.any()}
         return metrics
 
-    origin = f"head {fingerprint(head.config, mismatch)} on data {data.data_hash[:12]} seed {loop.seed}"
+    origin = (
+        f"head {head.architecture} {fingerprint(head.config, recipe)} on data {data.data_hash[:12]} seed {loop.seed}"
+    )
     trained = train(head, loss, validate, loop, out / "checkpoint" / "latest.safetensors", origin)
     save_head(trained.model, out / "head.safetensors")
     write_record(
         out / "training.json",
         {
             "policy_id": head.config.policy_id,
+            "architecture": variant(head),
+            "head": head.config,
             "parameters": sum(p.numel() for p in head.parameters()),
             "data": describe(data, training, holdout),
+            "data_sets": getattr(data, "hashes", (data.data_hash,)),
+            "executed_frames": int((chunks.slot >= 0).sum()),
             "hyper_parameters": loop,
+            "recipe": recipe,
             "augmentation": augmentation,
-            "draws": DRAWS,
-            "views": len(actions),
-            "mismatch": mismatch,
+            "views": len(chunks.actions),
             "steps": trained.steps,
             "seconds": trained.seconds,
             "history": trained.history,
-            "departures_from_the_paper": [
-                *DEPARTURES,
-                *(
-                    [f"Base chunks of 1 clean and {len(actions) - 1} augmented views per frame."]
-                    if len(actions) > 1
-                    else []
-                ),
-                *([f"{mismatch:.0%} of the base chunks are of another frame of the task."] if mismatch else []),
-            ],
+            "departures_from_the_paper": departures(head, recipe, loop, trained.steps, len(chunks.actions)),
         },
     )
-    plot_losses(out / "loss.png", trained.history, "squared error [action standard deviations]")
+    plot_losses(out / "loss.png", trained.history, f"squared error [{LOSS_UNITS[recipe.loss_unit]}]")
     return load_head(out / "head.safetensors")
+
+
+def departures(head: Head, recipe: HeadRecipe, loop: LoopConfig, steps: int, views: int) -> list[str]:
+    """What differs from the paper's training of its head, in words."""
+    config, paper = head.config, RECIPES["paper"]
+    found = {
+        "compact": "Compact network, its encoder initialised from the base policy's, instead of ResNet-18 and a "
+        "transformer.",
+        "mlp": "Multilayer perceptron without images instead of ResNet-18 and a transformer.",
+        "transformer": "ResNet-18 starts from random weights instead of ImageNet's.",
+    }
+    lines = [found[head.architecture]]
+    if any(getattr(loop, name) != paper[name] for name in ("learning_rate", "schedule", "weight_decay")):
+        lines.append(
+            f"AdamW {loop.learning_rate:g}, {loop.schedule} schedule, weight decay {loop.weight_decay:g}, instead of "
+            "1e-5 constant and 1e-5."
+        )
+    if loop.average_decay:
+        lines.append("A moving average of the weights is kept instead of the last ones.")
+    if steps != PAPER_STEPS or loop.batch_size != 64:
+        lines.append(f"{steps} steps of {loop.batch_size} observations instead of {PAPER_STEPS} of 64.")
+    if recipe.loss_unit != paper["loss_unit"]:
+        lines.append("The error is in standard deviations of each action instead of action units.")
+    shared = "; several k share a frame" if recipe.draws > 1 else ""
+    lines.append(f"The frame t+k is drawn uniformly, then k over the slots whose frame t exists{shared}.")
+    if views > 1:
+        lines.append(f"Base chunks of 1 clean and {views - 1} augmented views per frame.")
+    if recipe.slots:
+        lines.append("k is drawn in [{}, {}).".format(*recipe.slots))
+    if recipe.mismatch:
+        lines.append(f"{recipe.mismatch:.0%} of the base chunks are of another frame of the task.")
+    if config.reactive:
+        lines.append("Control: behaviour cloning per step, without base action, time feature and latent.")
+    if config.without:
+        lines.append(f"Ablation: without {', '.join(config.without)}.")
+    if config.residual_limit:
+        lines.append(f"The residual is limited to {config.residual_limit:g}.")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""A process that runs episodes of one LIBERO task: requests come as JSON lines on stdin, records go out the same way.
+
+A process has one simulator in its life, because a second renderer may draw wrong images without an error. So it stays
+for as long as there is work for its task. ``ProcessWorker`` is the side that asks.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from a2c2_ros.core.config import ControllerConfig
+from a2c2_ros.core.controller import CorrectionLoop
+from a2c2_ros.core.errors import A2C2Error
+from a2c2_ros.drivers.profile import load_profile
+from a2c2_ros.evaluation.cells import EXPERT, STATIC, Cell
+from a2c2_ros.paths import model_path
+
+MODELS_KEPT = 2
+"""Policies, and heads, that stay loaded; a row usually runs for several cells."""
+STOP_TIMEOUT_S = 10.0
+EPISODE_ERRORS = (A2C2Error, ArithmeticError, RuntimeError, ValueError)
+"""What spoils one episode only. Anything else is a bug of the evaluation and ends the process."""
+
+Run = Callable[[Any, Cell, int], Mapping[str, Any]]
+
+
+class Worker(Protocol):
+    """Runs episodes of one task and one variant."""
+
+    def run(self, cell: Cell, number: int) -> dict[str, Any]:
+        """Run an episode; the record is of :func:`attempt`. Raises WorkerError if the process died."""
+        ...
+
+    def close(self) -> None:
+        """End it; may be called twice and from another thread."""
+        ...
+
+
+class WorkerError(A2C2Error, RuntimeError):
+    """A worker process died, or could not make its simulator."""
+
+
+def run_cell_episode(env: Any, cell: Cell, number: int) -> dict[str, Any]:
+    """Run one episode of a cell on a simulator; returns the fields of :class:`rollout.Episode`."""
+    from a2c2_ros.evaluation.rollout import run_episode, run_expert_episode
+
+    initial_state, seed = cell.placement(number)
+    where = {"initial_state": initial_state, "seed": seed, "max_steps": cell.max_steps}
+    if cell.method == EXPERT:
+        return vars(run_expert_episode(env, **where))
+    policy, loop = _policy(cell.policy), _loop(cell.head if cell.corrected else "")
+    return vars(run_episode(env, load_profile("libero").robot, policy, loop, cell.planner_config(), **where))
+
+
+@functools.lru_cache(maxsize=MODELS_KEPT)
+def _policy(path: str) -> Any:
+    from a2c2_ros.policies.registry import load_policy
+
+    return load_policy("flow", str(model_path(path)), threads=1)
+
+
+@functools.lru_cache(maxsize=MODELS_KEPT)
+def _loop(head: str) -> CorrectionLoop:
+    from a2c2_ros.heads.onnx_head import OnnxHead
+
+    config = ControllerConfig(correction__enabled=bool(head), lockstep=True)
+    return CorrectionLoop(config, load_profile("libero").robot, OnnxHead(model_path(head)) if head else None)
+
+
+def attempt(env: Any, cell: Cell, number: int, run: Run = run_cell_episode) -> dict[str, Any]:
+    """The record of an episode: ``error`` None and its fields, or the exception that it ended with and nothing else."""
+    try:
+        return {"error": None, **run(env, cell, number)}
+    except EPISODE_ERRORS as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def serve(env: Any, requests: TextIO, replies: TextIO, run: Run = run_cell_episode) -> None:
+    """Answer requests, a JSON object {"cell", "number"} per line, until there are no more."""
+    for line in requests:
+        request = json.loads(line)
+        record = attempt(env, Cell(**request["cell"]), request["number"], run)
+        replies.write(json.dumps(record) + "\n")
+        replies.flush()
+
+
+class ProcessWorker:
+    """A :class:`Worker` in a process of its own, one numeric thread.
+
+    Args:
+        command: Starts a program that calls :func:`serve`.
+        log: Gets what the process prints.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        with log.open("a") as file:
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                process_group=0,  # Ctrl-C reaches the parent only
+            )
+
+    @staticmethod
+    def libero(task: int, variant: str, log_folder: Path) -> "ProcessWorker":
+        """A worker with the LIBERO simulator."""
+        command = [sys.executable, "-m", "a2c2_ros.evaluation.worker", "--task", str(task), "--variant", variant]
+        return ProcessWorker(command, log_folder / f"task{task:02d}_{variant}.log")
+
+    def run(self, cell: Cell, number: int) -> dict[str, Any]:
+        """See :class:`Worker`."""
+        try:
+            self._process.stdin.write(json.dumps({"cell": dataclasses.asdict(cell), "number": number}) + "\n")
+            self._process.stdin.flush()
+            reply = self._process.stdout.readline()
+        except (BrokenPipeError, ValueError):  # ValueError: closed by another thread
+            reply = ""
+        if not reply.endswith("\n"):
+            code = self._process.wait(STOP_TIMEOUT_S)
+            raise WorkerError(f"the process of {cell.name}, episode {number}, ended with code {code}, see {self._log}")
+        return json.loads(reply)
+
+    def close(self) -> None:
+        """See :class:`Worker`."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m a2c2_ros.evaluation.worker", description=__doc__)
+    parser.add_argument("--task", type=int, required=True, help="task number")
+    parser.add_argument("--variant", default=STATIC, help="static, or a motion of the simulator")
+    args = parser.parse_args(argv)
+    # Whatever a library prints must not come between the replies.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    from a2c2_ros.sim.libero_env import LiberoEnv
+
+    try:
+        with LiberoEnv(args.task, **({} if args.variant == STATIC else {"motion": args.variant})) as env:
+            serve(env, sys.stdin, replies)
+    except A2C2Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,343 @@
+"""Episodes of the real loop on LIBERO Spatial, every visited state labelled by the scripted expert (DAgger).
+
+``python -m a2c2_ros.training.on_policy --policy DIR --head ONNX --e 40 --d 10 --out DATASET``. Placements are sampled;
+the official initial states are for evaluation. An episode ends with success, where the expert is done or can do nothing
+more, or after the step limit; failed ones are kept, since they show what the head cannot do yet. The result is a data
+set as of ``training.demonstrations`` (``action`` is the expert's, ``action.executed`` the loop's) with the base chunks
+that were executed in ``executed/<policy id>.npz``: ``train_head --data DEMONSTRATIONS DATASET`` trains on exactly the
+(base action, τ, z) that the loop met.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from a2c2_ros import provenance
+from a2c2_ros.core.config import ControllerConfig, PlannerConfig
+from a2c2_ros.core.controller import ControlStep, CorrectionLoop
+from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.core.robot import Robot
+from a2c2_ros.core.state import state_vector
+from a2c2_ros.drivers.profile import load_profile
+from a2c2_ros.evaluation.rollout import run_episode
+from a2c2_ros.jobs import run_jobs
+from a2c2_ros.paths import model_path
+from a2c2_ros.policies.base import ChunkPolicy, Continuation, PolicyOutput
+from a2c2_ros.sim import conventions
+from a2c2_ros.sim.expert import CLOSE_STEPS, Expert, Phase
+from a2c2_ros.training.demonstrations import BLOCK, FEATURES, assemble, part_path
+from a2c2_ros.training.joining import EXECUTED_FOLDER
+
+SEED_STREAM = 1_000_003
+"""Keeps the seeds of the placements apart from those of the demonstrations."""
+HELD_HEIGHT_M = 0.015
+"""A bowl that is this much above where it stood hangs in the gripper, if it is near."""
+HELD_DISTANCE_M = 0.09
+"""Between the gripper's centre and the origin of a bowl that it holds by the rim: about 0.06 m."""
+FALLEN_M = 0.05
+"""A bowl this far below the plate fell off the table."""
+MIN_UPRIGHT = 0.5
+"""Cosine of the bowl's tilt below which the expert cannot take it by the rim any more."""
+SETTINGS = ("e", "d", "seed", "max_steps")
+
+
+class Labeller(Expert):
+    """The expert beside a loop that acts by itself.
+
+    The expert knows its own grasp only. One that the loop made is taken over, or the label would be to let go of the
+    bowl.
+
+    Args:
+        env: The environment, after ``reset``.
+    """
+
+    def __init__(self, env) -> None:
+        super().__init__(env)
+        self._rest_z = float(env.object_pose(conventions.TARGET_BOWL)[2])
+
+    @property
+    def lost(self) -> bool:
+        """The bowl fell off the table or over: no action of the expert leads anywhere."""
+        bowl, plate = (self._env.object_pose(name) for name in (conventions.TARGET_BOWL, conventions.PLATE))
+        x, y = bowl[3:5]
+        return bool(bowl[2] < plate[2] - FALLEN_M or 1.0 - 2.0 * (x * x + y * y) < MIN_UPRIGHT)
+
+    def _advance(self, position: np.ndarray, bowl: np.ndarray, plate: np.ndarray, speed: float, tilt: float) -> None:
+        lifted = bowl[2] > self._rest_z + HELD_HEIGHT_M
+        held = lifted and float(np.linalg.norm(bowl[:3] - position)) < HELD_DISTANCE_M
+        if held and self.phase in (Phase.APPROACH, Phase.DESCEND):
+            self._enter(Phase.CLOSE)
+            self._steps = CLOSE_STEPS
+        super()._advance(position, bowl, plate, speed, tilt)
+
+
+class _Remembering:
+    """A policy that keeps what it returned."""
+
+    def __init__(self, policy: ChunkPolicy) -> None:
+        self._policy = policy
+        self.policy_id = policy.policy_id
+        self.outputs: list[PolicyOutput] = []
+
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray],
+        instruction: str,
+        *,
+        seed: int,
+        continuation: Continuation | None = None,
+    ) -> PolicyOutput:
+        self.outputs.append(self._policy.predict(observation, instruction, seed=seed, continuation=continuation))
+        return self.outputs[-1]
+
+
+class _NoLabelError(Exception):
+    """The expert has nothing more to say."""
+
+
+def visit(
+    env,
+    robot: Robot,
+    policy: ChunkPolicy,
+    loop: CorrectionLoop,
+    config: PlannerConfig,
+    seed: int,
+    max_steps: int = conventions.MAX_STEPS,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], bool]:
+    """One episode of the loop from a sampled placement, labelled.
+
+    Args:
+        env: A ``LiberoEnv``.
+        robot: Its profile.
+        policy: Base policy.
+        loop: With the head, if one is to be executed.
+        config: Of the planner.
+        seed: Of the placement and the fixtures.
+        max_steps: Step limit.
+
+    Returns:
+        Arrays by feature name with the time first, as of ``demonstrations.demonstrate``; ``chunk`` (T,) int64 (row, -1:
+        none), ``slot`` (T,) int64 (-1: none), ``actions`` (C, H, A) and ``latents`` (C, Z) float32 of the base chunks;
+        and whether the task was solved.
+
+    Raises:
+        SimulationError: If the loop has no command for a step.
+    """
+    remembering = _Remembering(policy)
+    frames: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES}
+    chunk: list[int] = []
+    slot: list[int] = []
+    labeller: Labeller | None = None
+
+    def record(step: ControlStep, observation: Mapping[str, np.ndarray]) -> None:
+        nonlocal labeller
+        if step.command is None:
+            return
+        labeller = labeller or Labeller(env)
+        label = labeller.act(observation)
+        if labeller.phase is Phase.DONE or labeller.lost:
+            raise _NoLabelError
+        for name in conventions.CAMERAS:
+            frames[f"observation.images.{name}"].append(observation[name])
+        frames["observation.state"].append(
+            state_vector(observation["ee_pose"], observation["joint_position"][-2:], conventions.NOMINAL_EE_QUAT_XYZW)
+        )
+        objects = [env.object_pose(name)[:3] for name in (conventions.TARGET_BOWL, conventions.PLATE)]
+        frames["observation.objects"].append(np.concatenate(objects).astype(np.float32))
+        frames["action"].append(label.astype(np.float32))
+        frames["action.executed"].append(step.command.astype(np.float32))
+        chunk.append(step.chunk_id - 1)
+        slot.append(step.slot)
+
+    try:
+        solved = run_episode(
+            env,
+            robot,
+            remembering,
+            loop,
+            config,
+            initial_state=None,
+            seed=seed,
+            max_steps=max_steps,
+            on_step=record,
+        ).success
+    except _NoLabelError:
+        solved = labeller.phase is Phase.DONE and not labeller.lost
+    base = {
+        "chunk": np.array(chunk, dtype=np.int64),
+        "slot": np.array(slot, dtype=np.int64),
+        "actions": np.stack([output.actions for output in remembering.outputs]),
+        "latents": np.stack([output.latent for output in remembering.outputs]),
+    }
+    return {name: np.stack(values) for name, values in frames.items()}, base, solved
+
+
+def run_block(args: argparse.Namespace, task: int, first: int, last: int) -> None:
+    """Record the missing episodes ``first`` to ``last - 1`` of a task."""
+    from a2c2_ros.heads.onnx_head import OnnxHead
+    from a2c2_ros.policies.registry import load_policy
+    from a2c2_ros.sim.libero_env import LiberoEnv
+
+    robot = load_profile("libero").robot
+    policy = load_policy("flow", str(model_path(args.policy)), threads=1)
+    head = OnnxHead(model_path(args.head)) if args.head else None
+    loop = CorrectionLoop(ControllerConfig(correction__enabled=head is not None, lockstep=True), robot, head)
+    with LiberoEnv(task) as env:
+        for episode in range(first, last):
+            path = part_path(args.out, task, episode)
+            if path.exists():
+                continue
+            seed = int(np.random.SeedSequence((SEED_STREAM, args.seed, task, episode)).generate_state(1)[0])
+            config = planner_config(args, policy.horizon, seed >> 1)  # the planner's seeds have 31 bits
+            frames, base, solved = visit(env, robot, policy, loop, config, seed, args.max_steps)
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                base = {f"executed.{name}": values for name, values in base.items()}
+                np.savez(file, instruction=env.instruction, solved=solved, **frames, **base)
+            partial.replace(path)
+
+
+def planner_config(args: argparse.Namespace, horizon: int, seed: int = 0) -> PlannerConfig:
+    """The planner's parameters; raises ConfigError if e, d and H do not go together."""
+    return PlannerConfig(
+        policy_path=args.policy,
+        horizon=horizon,
+        execution_horizon=args.e,
+        inference_delay=args.d,
+        seed=seed,
+        lockstep=True,
+    )
+
+
+def save_executed(out: Path, parts: Sequence[Path], settings: Mapping[str, object]) -> None:
+    """Write the executed base chunks of these episode files, in their order, and the record of the run."""
+    values: dict[str, list[np.ndarray]] = {name: [] for name in ("chunk", "slot", "actions", "latents")}
+    episodes, chunks = [], 0
+    for path in parts:
+        with np.load(path, allow_pickle=False) as part:
+            base = {name: part[f"executed.{name}"] for name in values}
+            episodes.append({"part": path.stem, "steps": len(base["slot"]), "solved": bool(part["solved"])})
+        base["chunk"] = np.where(base["chunk"] < 0, -1, base["chunk"] + chunks)
+        chunks += len(base["actions"])
+        for name, array in base.items():
+            values[name].append(array)
+    folder = out / EXECUTED_FOLDER
+    folder.mkdir(exist_ok=True)
+    partial = folder / "base.partial"
+    with partial.open("wb") as file:
+        np.savez(file, **{name: np.concatenate(arrays) for name, arrays in values.items()})
+    partial.replace(folder / f"{settings['policy_id']}.npz")
+    record = {
+        **settings,
+        "solved": sum(episode["solved"] for episode in episodes),
+        "episodes": episodes,
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
+    }
+    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, object]:
+    """What identifies a run: the options and the very weights."""
+    config = json.loads((model_path(args.policy) / "config.json").read_text(encoding="utf-8"))
+    planner_config(args, config["horizon"])
+    head = hashlib.sha256(model_path(args.head).read_bytes()).hexdigest() if args.head else None
+    return {name: getattr(args, name) for name in SETTINGS} | {"policy_id": config["policy_id"], "head_sha256": head}
+
+
+def check_settings(path: Path, settings: Mapping[str, object]) -> None:
+    """Refuse to continue a run of other settings.
+
+    Raises:
+        ConfigError: Naming what differs.
+    """
+    theirs = json.loads(path.read_text()) if path.exists() else settings
+    if wrong := [f"{k}: there {theirs.get(k)!r}, here {v!r}" for k, v in settings.items() if theirs.get(k) != v]:
+        raise ConfigError(f"{path.parent} holds episodes of other settings ({'; '.join(wrong)}); choose another --out")
+    path.write_text(json.dumps(settings))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m a2c2_ros.training.on_policy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--out", type=Path, required=True, help="folder of the data set; must not exist, but its parts may")
+    p.add_argument("--policy", default=PlannerConfig().policy_path, help="checkpoint folder of the base policy")
+    p.add_argument("--head", help="ONNX head that is executed; without it the base chunks are executed as they are")
+    p.add_argument("--e", type=int, default=40, help="execution horizon e [steps] (default 40)")
+    p.add_argument("--d", type=int, default=10, help="injected inference delay d [steps] (default 10)")
+    p.add_argument("--tasks", default="0-9", help="task numbers, e.g. 0-3,7 (default 0-9)")
+    p.add_argument("--episodes-per-task", type=int, default=20, help="episodes of each task (default 20)")
+    p.add_argument("--workers", type=int, default=2, help="simulators that run at the same time (default 2)")
+    p.add_argument("--seed", type=int, default=0, help="seed of placements and policy noise (default 0)")
+    p.add_argument(
+        "--max-steps", type=int, default=conventions.MAX_STEPS, help=f"step limit (default {conventions.MAX_STEPS})"
+    )
+    p.add_argument("--block", type=int, nargs=3, metavar=("TASK", "FIRST", "LAST"), help=argparse.SUPPRESS)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    try:
+        if args.block:
+            run_block(args, *args.block)
+            return 0
+        tasks = conventions.parse_tasks(args.tasks)
+        if args.episodes_per_task < 1:
+            raise ConfigError(f"--episodes-per-task is {args.episodes_per_task}, allowed is 1 or more")
+        if not 1 <= args.max_steps <= conventions.MAX_STEPS:
+            raise ConfigError(f"--max-steps is {args.max_steps}, allowed is 1 to {conventions.MAX_STEPS}")
+        settings = settings_of(args)
+        if args.out.exists():
+            raise ConfigError(f"{args.out} exists already; choose another --out or remove it")
+        wanted = [part_path(args.out, task, episode) for episode in range(args.episodes_per_task) for task in tasks]
+        wanted[0].parent.mkdir(parents=True, exist_ok=True)
+        check_settings(wanted[0].parent / "settings.json", settings)
+        record(args, argv, tasks, wanted)
+        staging = args.out.with_name(args.out.name + ".staging")
+        assemble(staging, wanted)
+        save_executed(staging, wanted, settings)
+        staging.rename(args.out)
+    except A2C2Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def record(args: argparse.Namespace, argv: Sequence[str], tasks: Sequence[int], wanted: Sequence[Path]) -> None:
+    """Record the missing episodes in blocks, with a progress bar.
+
+    Raises:
+        A2C2Error: If a block's process failed; what was finished is kept.
+    """
+    jobs = {}
+    for first in range(0, args.episodes_per_task, BLOCK):
+        last = min(first + BLOCK, args.episodes_per_task)
+        for task in tasks:
+            if not all(part_path(args.out, task, episode).exists() for episode in range(first, last)):
+                command = [sys.executable, "-m", "a2c2_ros.training.on_policy", *argv]
+                jobs[f"task{task:02d}_from{first:04d}"] = [*command, "--block", str(task), str(first), str(last)]
+    with tqdm(total=len(wanted), unit="episode", desc="on-policy episodes") as bar:
+
+        def show() -> None:
+            bar.update(sum(path.exists() for path in wanted) - bar.n)
+
+        failed = run_jobs(jobs, args.workers, wanted[0].parent, show)
+    if failed:
+        raise A2C2Error(f"blocks {failed} failed, see {wanted[0].parent}/*.log; run the same command to continue")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
