@@ -10,6 +10,7 @@ from pathlib import Path
 from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.paths import share_directory
+from a2c2_ros.sim.conventions import MOTIONS
 
 Value = bool | int | float | str
 
@@ -24,6 +25,7 @@ class Argument:
         description: Meaning with unit.
         low: Smallest value of a number.
         high: Largest value of a number.
+        texts: All allowed texts; empty: any.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Argument:
     description: str
     low: float = -math.inf
     high: float = math.inf
+    texts: tuple[str, ...] = ()
 
     @property
     def default_text(self) -> str:
@@ -40,7 +43,7 @@ class Argument:
     @property
     def choices(self) -> tuple[str, ...] | None:
         """All allowed texts, or None if there are too many to list."""
-        return ("true", "false") if isinstance(self.default, bool) else None
+        return ("true", "false") if isinstance(self.default, bool) else self.texts or None
 
     @property
     def allowed(self) -> str:
@@ -58,8 +61,9 @@ class Argument:
             ConfigError: If it is none of the argument's, naming what is allowed.
         """
         if isinstance(self.default, str):
-            return text
-        if self.choices:
+            if not self.texts or text in self.texts:
+                return text
+        elif self.choices:
             if text.lower() in self.choices:
                 return text.lower() == "true"
         else:
@@ -115,19 +119,21 @@ class System:
     out: Path
 
 
+OF_PLANNER = ("execution_horizon", "inference_delay", "inference_delay_jitter", "chunking")
+
+
 def _of_planner(name: str) -> Argument:
     field = {item.name: item for item in dataclasses.fields(PlannerConfig)}[name]
     meta = field.metadata
-    return Argument(name, field.default, meta["description"], meta["low"], meta["high"])
+    return Argument(name, field.default, meta["description"], meta["low"], meta["high"], meta["choices"] or ())
 
 
 LIBERO_SIM_ARGUMENTS = (
     Argument("task", 0, "LIBERO Spatial task", 0, 9),
     Argument("episodes", 2, "Episodes to run; 0: until stopped", 0, 100_000),
     Argument("seed", 0, "Seed of the fixtures, the policy's noise and the delay's jitter", 0, 2**31 - 1),
-    _of_planner("execution_horizon"),
-    _of_planner("inference_delay"),
-    _of_planner("inference_delay_jitter"),
+    *map(_of_planner, OF_PLANNER),
+    Argument("motion", "none", "What the plate does: nothing, slide all the time, or once", texts=MOTIONS),
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
     Argument("lockstep", True, "The simulation waits for every command; false: it runs on the clock"),
     Argument("headless", True, "No window with the cameras"),
@@ -147,7 +153,7 @@ def libero_sim(arguments: Mapping[str, Value]) -> System:
     """
     values = dict(arguments)
     out = Path(values.pop("out") or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")).resolve()
-    timing = {name: values[name] for name in ("seed", "execution_horizon", "inference_delay", "inference_delay_jitter")}
+    timing = {name: values[name] for name in ("seed", *OF_PLANNER)}
     PlannerConfig().replaced(timing)
     mode = {"lockstep": values["lockstep"], "use_sim_time": values["lockstep"]}
     config = share_directory() / "config"
@@ -156,7 +162,7 @@ def libero_sim(arguments: Mapping[str, Value]) -> System:
         return Process(name, name, (config / f"{name}.yaml",), parameters)
 
     processes = [
-        process("libero_sim", {name: values[name] for name in ("task", "episodes", "seed", "lockstep")}),
+        process("libero_sim", {name: values[name] for name in ("task", "episodes", "seed", "motion", "lockstep")}),
         process("chunk_planner", timing | mode),
         process("correction_controller", {"correction.enabled": values["correction"]} | mode),
         process("episode_monitor", {"out": str(out), "use_sim_time": values["lockstep"]} | values),

@@ -137,6 +137,7 @@ def test_synchronous_chunk_starts_when_it_is_published_unless_its_observation_is
     assert schedule.next_request(T0 + 4 * STEP_NS).t_due_ns == T0 + 6 * STEP_NS
     late = schedule.release(make_chunk(T0 + 4 * STEP_NS, chunk_id=2), T0 + 7 * STEP_NS + 9)
     assert late.t_obs_ns == T0 + 7 * STEP_NS + 9, "the inference took longer: the robot stood still until now"
+    assert schedule.next_request(T0 + 7 * STEP_NS) is None, "an observation from just before the publication"
     assert schedule.next_request(late.t_end_ns - 1) is None
     third = schedule.next_request(late.t_end_ns)
     assert third.sequence == 2

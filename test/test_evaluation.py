@@ -2,19 +2,27 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import NAMES, make_robot
+from evaluation_fakes import write_head, write_policy
 
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.evaluation import libero
-from a2c2_ros.evaluation.report import success_table
+from a2c2_ros.evaluation.cells import (
+    EXPERT,
+    METHOD_NAMES,
+    EpisodeStore,
+    outcomes,
+    settings,
+    summarise,
+    write_result,
+)
 from a2c2_ros.evaluation.rollout import run_episode
-from a2c2_ros.evaluation.statistics import wilson_interval
+from a2c2_ros.evaluation.statistics import difference, mcnemar_p, recovery, wilson_interval
 from a2c2_ros.jobs import run_jobs
 from a2c2_ros.policies.base import PolicyOutput
 from a2c2_ros.sim.conventions import parse_numbers
@@ -31,6 +39,35 @@ def test_wilson_interval(successes, trials, expected):
 def test_wilson_refuses_more_successes_than_trials():
     with pytest.raises(ValueError, match="11"):
         wilson_interval(11, 10)
+
+
+@pytest.mark.parametrize(("first", "second", "p"), [(0, 0, 1.0), (5, 0, 1 / 16), (6, 0, 1 / 32), (3, 9, 598 / 4096)])
+def test_mcnemar_is_an_exact_binomial_test(first, second, p):
+    assert mcnemar_p(first, second) == mcnemar_p(second, first) == pytest.approx(p, abs=1e-12)
+
+
+def test_difference_is_over_the_common_initial_states():
+    first = {(0, n): True for n in range(8)} | {(1, 0): True}
+    second = {(0, n): n < 2 for n in range(10)}
+    found = difference(first, second)
+    assert (found.pairs, found.points, found.only_first, found.only_second) == (8, 75.0, 6, 0)
+    assert found.significant
+    assert difference(first, {(7, 7): True}) is None
+
+
+def test_recovery_and_its_interval():
+    def of(successes):
+        return {(task, n): n < successes for task in range(10) for n in range(10)}
+
+    # Every task alike and sorted: what is won and lost in a resample varies only together with the drawn states.
+    found = recovery(of(9), of(4), of(8))
+    assert (found.value, found.states) == (1.25, 100)
+    assert 1.1 < found.interval[0] < 1.25 < found.interval[1] < 1.5
+    assert recovery(of(9), of(4), of(8)) == found
+    assert recovery(of(9), of(8), of(8)) is None  # nothing was lost
+    assert recovery(of(9), of(4), {}) is None
+    few = {(0, n): n < 5 for n in range(10)}
+    assert recovery(few, few, few | {(0, 7): True}).interval is None  # a third of the resamples has no loss
 
 
 def test_lists_of_numbers():
@@ -90,23 +127,41 @@ def test_rollout_hands_chunks_over_when_they_are_due():
     assert len(episode.inference_ms) == 6
 
 
+@pytest.mark.parametrize(("chunking", "horizon"), [("synchronous", 5), ("rtc", 8)])
+def test_methods_that_the_grid_takes_for_naive_execute_the_same(chunking, horizon):
+    def actions(config):
+        steps = []
+        loop = CorrectionLoop(ControllerConfig(correction__enabled=False, lockstep=True), make_robot())
+        run_episode(
+            CountingEnv(),
+            make_robot(),
+            EchoPolicy(),
+            loop,
+            config,
+            initial_state=0,
+            seed=0,
+            max_steps=50,
+            on_step=lambda step, observation: steps.append(step.command),
+        )
+        return np.array(steps)
+
+    naive = PlannerConfig(horizon=8, execution_horizon=horizon, inference_delay=0)
+    other = PlannerConfig(horizon=8, execution_horizon=horizon, inference_delay=0, chunking=chunking)
+    assert np.array_equal(actions(naive), actions(other))
+
+
 def make_args(out, *extra):
-    policy = out.parent / "policy"
-    policy.mkdir(exist_ok=True)
-    (policy / "config.json").write_text('{"policy_id": "p1", "horizon": 50}')
-    (out.parent / "head.onnx").write_bytes(b"weights")
-    files = ["--policy", str(policy), "--head", str(out.parent / "head.onnx")]
+    write_policy(out.parent / "policy", "p1")
+    write_head(out.parent / "head.onnx", "p1")
+    files = ["--policy", str(out.parent / "policy"), "--head", str(out.parent / "head.onnx")]
     return libero.parser().parse_args(["--out", str(out), "--episodes", "2", *files, *extra])
 
 
 def test_exceptions_are_counted_apart_from_failures(tmp_path):
     def episode(task, state, success, error=None):
-        measured = (
-            {}
-            if error
-            else {"success": success, "steps": 9, "inference_ms": [1.0], "head_ms": [], "states": {"BASE_ONLY": 9}}
-        )
-        return {"task": task, "initial_state": state, "error": error} | measured
+        measured = {"success": success, "steps": 9, "seconds": 0.5, "inference_ms": [100.0], "head_ms": []}
+        measured["states"] = {"BASE_ONLY": 9}
+        return {"task": task, "initial_state": state, "error": error} | ({} if error else measured)
 
     episodes = [
         episode(0, 0, True),
@@ -114,25 +169,36 @@ def test_exceptions_are_counted_apart_from_failures(tmp_path):
         episode(3, 0, None, "SimulationError: x"),
         episode(3, 1, True),
     ]
-    result = libero.summarise(make_args(tmp_path / "r.json"), [0, 3], episodes, 1.0)
+    cell = libero.make_cell(make_args(tmp_path / "r.json"))
+    result = summarise(cell, settings(cell), [0, 3], episodes)
     assert (result["total"]["successes"], result["total"]["exceptions"]) == (2, 1)
     assert result["per_task"]["3"]["episodes"] == 1
     assert result["total"]["wilson_95"] == wilson_interval(2, 3)
     assert result["states"] == {"BASE_ONLY": 27}
-    json.dumps(result)
+    assert result["speed"]["control_steps_per_s"] == 18.0
+    assert result["speed"]["inference_share"] == pytest.approx(0.2)
+    assert outcomes(result) == {(0, 0): True, (0, 1): False, (3, 1): True}
+    write_result(tmp_path / "r.json", result)
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(result))
 
 
 def test_an_evaluation_of_other_settings_is_not_continued(tmp_path):
-    out = tmp_path / "r.json"
-    libero.check_settings(make_args(out))
-    libero.check_settings(make_args(out))
+    def store(*extra):
+        return EpisodeStore(tmp_path / "r.parts", libero.make_cell(make_args(tmp_path / "r.json", *extra)))
+
+    store().write(0, 0, {"error": None})
+    assert store().missing(0, 2) == (1,)
     with pytest.raises(ConfigError, match="delay: there 10, here 5"):
-        libero.check_settings(make_args(out, "--delay", "5"))
-    args = make_args(out)
-    args.head = str(tmp_path / "other.onnx")
-    Path(args.head).write_bytes(b"other weights")
+        store("--delay", "5")
+    write_head(tmp_path / "other.onnx", "p1", parameters=1)
     with pytest.raises(ConfigError, match="head_sha256"):
-        libero.check_settings(args)
+        store("--head", str(tmp_path / "other.onnx"))
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_the_single_cell_front_end_takes_every_method(tmp_path, method):
+    cell = libero.make_cell(make_args(tmp_path / "r.json", "--method", method))
+    assert (cell.method, cell.horizon is None, bool(cell.head)) == (method, method == EXPERT, "a2c2" in method)
 
 
 @pytest.mark.parametrize(
@@ -159,18 +225,3 @@ def test_jobs_that_fail_do_not_stop_the_others(tmp_path):
     assert run_jobs(jobs, 2, tmp_path, lambda: polls.append(1)) == ["b"]
     assert (tmp_path / "c.log").read_text() == "c\n"
     assert polls
-
-
-def test_report_lists_cells_in_order():
-    def result(method, horizon, delay, successes):
-        counts = {"successes": successes, "episodes": 10, "exceptions": 0, "wilson_95": wilson_interval(successes, 10)}
-        return {"method": method, "horizon": horizon, "delay": delay, "total": counts, "per_task": {"0": counts}}
-
-    lines = success_table([result("a2c2", 40, 10, 8), result("naive", 40, 10, 0), result("naive", 10, 0, 9)]).split(
-        "\n"
-    )
-    assert lines[2:] == [
-        "| naive | 10 | 0 | 9/10 | 60% to 98% | 9/10 |",
-        "| naive | 40 | 10 | 0/10 | 0% to 28% | 0/10 |",
-        "| a2c2 | 40 | 10 | 8/10 | 49% to 94% | 8/10 |",
-    ]

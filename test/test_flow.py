@@ -193,15 +193,12 @@ def test_guidance_chooses_the_way_that_was_begun():
     """Two chunks are equally good; the sample takes the one whose beginning is known."""
     network = small_network(euler_steps=5)
     one_way = torch.linspace(-1, 1, 18).roll(5)
-    optimiser = torch.optim.Adam(network.decoder.parameters(), 3e-3)
-    for _ in range(200):
-        x1 = one_way * torch.randint(2, (128, 1)).mul(2).sub(1)
-        t = torch.rand(128)
-        x = (1 - t)[:, None] * torch.randn(128, 18) + t[:, None] * x1
-        loss = (network.decoder(x, t, torch.zeros(128, 16)) - x1).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+
+    def decode(x, t, latent, clean=None):
+        """The exact mean of the clean chunk, for chunks that are ``one_way`` or ``-one_way``."""
+        return torch.tanh(t[:, None] * (x @ one_way)[:, None] / (1 - t[:, None]) ** 2) * one_way
+
+    network.decoder.forward = decode
     latent, noise = torch.zeros(200, 16), torch.randn(200, 18)
 
     def share(given):
@@ -210,7 +207,6 @@ def test_guidance_chooses_the_way_that_was_begun():
         return float((samples[:, 12:] @ one_way[12:] > 0).float().mean())  # of slots about which nothing is known
 
     actions = network.denormalise(one_way).numpy()[:4]
-    print(share(None), share(Continuation(actions, 2, "rtc")))
     assert 0.3 < share(None) < 0.7
     assert share(Continuation(actions, 2, "rtc")) > 0.95
 

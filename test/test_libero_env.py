@@ -1,11 +1,14 @@
 """The LIBERO environment: repeatable to the bit, images as a person sees them, clear errors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from a2c2_ros.core.errors import SimulationError
 from a2c2_ros.core.state import state_vector
-from a2c2_ros.sim import conventions
+from a2c2_ros.sim import conventions, libero_env
 from a2c2_ros.sim.libero_env import LiberoEnv
 
 # Mean grey level of a 4 x 4 grid of patches: task 0, official initial state 0, seed 0.
@@ -110,3 +113,68 @@ def test_bad_calls(env):
         env.reset(0, -1)
     with pytest.raises(SimulationError, match="no object 'cup'"):
         env.object_pose("cup")
+
+
+FULL_MESHES = """
+import sys
+import numpy as np
+from a2c2_ros.sim.libero_env import LiberoEnv
+with LiberoEnv(0, full_meshes=True) as env:
+    observation = env.reset(0, 0)
+    np.savez(sys.argv[1], faces=env._model.mesh_facenum.sum(), **observation)
+"""
+
+
+def test_simplified_meshes_look_as_the_full_ones(env, tmp_path):
+    out = tmp_path / "full.npz"
+    subprocess.run([sys.executable, "-c", FULL_MESHES, str(out)], check=True)  # one renderer per process
+    observation = env.reset(0, 0)
+    with np.load(out) as full:
+        assert full["faces"] > 2 * env._model.mesh_facenum.sum()
+        for name in ("ee_pose", "joint_position"):  # the physics has its own shapes
+            assert np.array_equal(full[name], observation[name])
+        for name in conventions.CAMERAS:
+            difference = np.abs(full[name].astype(float) - observation[name])
+            assert 0.0 < difference.mean() < 1.5
+            patches = full[name].reshape(16, 8, 16, 8, 3).mean(axis=(1, 3))
+            ours = observation[name].reshape(16, 8, 16, 8, 3).mean(axis=(1, 3))
+            assert np.abs(patches - ours).max() < 30
+
+
+def test_a_step_without_a_look_has_the_images_of_the_last(env):
+    looked = rollout(env, 0, 0)
+    first = env.reset(0, 0)
+    for i, action in enumerate(np.random.default_rng(5).uniform(-1, 1, (4, 7))):
+        observation, _ = env.step(action, look=i == 3)
+        if i < 3:
+            assert all(observation[name] is first[name] for name in conventions.CAMERAS)
+    assert all(np.array_equal(a, b) for a, b in zip(looked[-4:], observation.values()))
+
+
+@pytest.mark.parametrize("kind", ["drift", "push"])
+def test_the_plate_moves_where_there_is_room(env, monkeypatch, kind):
+    length_m = {"drift": libero_env.DRIFT_LIMIT_M, "push": libero_env.PUSH_LENGTH_M}[kind]
+    monkeypatch.setattr(env, "motion", kind)
+    ways = []
+    for seed in (1, 1, 2):
+        env.reset(0, seed)
+        poses = [env.object_pose(conventions.PLATE)]
+        others = env.object_pose("cookies_1")
+        for _ in range(120):
+            env.step(conventions.IDLE_ACTION, look=False)
+            poses.append(env.object_pose(conventions.PLATE))
+        ways.append(np.array(poses)[:, :2] - poses[0][:2])
+        assert np.abs(env.object_pose("cookies_1") - others).max() < 0.002  # nothing is hit
+        assert abs(poses[-1][2] - poses[0][2]) < 0.002  # it stays on the table
+    assert np.array_equal(ways[0], ways[1])
+    assert np.abs(ways[0] - ways[2]).max() > 0.01
+    distance = np.linalg.norm(ways[0], axis=1)
+    assert distance.max() == pytest.approx(length_m, abs=0.012)
+    if kind == "push":
+        assert distance[: libero_env.PUSH_STEPS[0]].max() < 0.002
+        assert np.ptp(distance[-20:]) < 0.002
+
+
+def test_unknown_motion():
+    with pytest.raises(SimulationError, match="'roll'.*'none', 'drift', 'push'"):
+        LiberoEnv(0, motion="roll")

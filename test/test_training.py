@@ -16,8 +16,9 @@ from a2c2_ros.training import train_head as train_head_module
 from a2c2_ros.training import train_policy as train_policy_module
 from a2c2_ros.training.cache_chunks import cache_chunks, load_chunks
 from a2c2_ros.training.dataset import Augmentation, load_demonstrations
+from a2c2_ros.training.joining import BaseChunks
 from a2c2_ros.training.loop import LoopConfig
-from a2c2_ros.training.train_head import train_head
+from a2c2_ros.training.train_head import HeadRecipe, train_head
 from a2c2_ros.training.train_policy import train_policy
 
 # Threads that wait for each other are slow on a busy machine, and these networks are tiny.
@@ -222,13 +223,14 @@ def test_head_corrects_a_base_that_is_wrong(chunks, data, policy, tmp_path):
     """Every base action is off by 0.5."""
     _, (actions, latents) = chunks
     head = CompactHead.for_policy(load_network(policy), data.data_hash)
-    trained = train_head(data, (actions + 0.5, latents), head, loop_for(120, validate_every=40), tmp_path, 0.3)
+    wrong = BaseChunks.of_cache(actions + 0.5, latents)
+    trained = train_head(data, wrong, head, loop_for(120, validate_every=40), tmp_path, 0.3)
     record = json.loads((tmp_path / "training.json").read_text())
     last = record["history"][-1]
     assert last["base_error"] > 0.4 and last["error"] < 0.3 * last["base_error"]
     assert trained.config.policy_id == load_network(policy).config.policy_id
     with pytest.raises(ConfigError, match="mismatch"):
-        train_head(data, (actions, latents), head, loop_for(1), tmp_path / "x", 0.3, mismatch=1.5)
+        train_head(data, wrong, head, loop_for(1), tmp_path / "x", 0.3, HeadRecipe(mismatch=1.5))
 
 
 def test_budget_must_be_one():

@@ -61,7 +61,8 @@ class PlannerSchedule:
     def reset(self) -> None:
         """Start cold: the clock jumped back or the planner was deactivated."""
         self._in_flight: ChunkRequest | None = None
-        self._started_ns: int | None = None  # slot 0 of the chunk that was asked for last
+        self._asked_ns: int | None = None  # observation of the last inference
+        self._started_ns = 0  # slot 0 of its chunk
         self._previous: ActionChunk | None = None  # as it was published last
         self._wanted_now = self._instruction_changed = False
         self._sequence = 0
@@ -98,7 +99,7 @@ class PlannerSchedule:
         config, cold = self._config, self._cold(t_obs_ns)
         self._sequence = 0 if cold else self._sequence + 1
         self._wanted_now = False
-        self._started_ns = t_obs_ns
+        self._asked_ns = self._started_ns = t_obs_ns
         delay = 0 if cold else self._sample_delay_steps()
         self._in_flight = ChunkRequest(
             t_obs_ns,
@@ -142,7 +143,7 @@ class PlannerSchedule:
         return self._config.horizon * self._config.step_ns
 
     def _cold(self, t_obs_ns: int) -> bool:
-        if self._started_ns is None or t_obs_ns < self._started_ns:
+        if self._asked_ns is None or t_obs_ns < self._asked_ns:
             return True
         # Between two synchronous chunks the robot has no slots left and yet does not start.
         return t_obs_ns - self._started_ns >= self._lifetime_ns and self._config.chunking != "synchronous"

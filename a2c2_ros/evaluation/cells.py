@@ -31,7 +31,7 @@ METHOD_NAMES = (EXPERT, *METHODS)
 STATIC = "static"
 """Variant in which nothing moves but the robot; any other name is a motion of ``sim.libero_env``."""
 SPLITS = ("test", "development")
-"""Test: the official initial states. Development: sampled placements, to choose by. Demonstrations have others again."""
+"""Test: the official initial states. Development: sampled placements, to choose by. Demonstrations have others."""
 DEVELOPMENT_SEEDS = 2**31
 """Placement seeds of the development split start here, 1000 per evaluation seed. Demonstrations draw theirs by hashing
 (seed, task, episode, attempt) to 32 bits; a test checks that they do not meet."""
@@ -192,7 +192,7 @@ class EpisodeStore:
     """The episodes of one cell in a folder.
 
     Args:
-        folder: Made if absent.
+        folder: Made with the first episode.
         cell: Whose episodes they are.
 
     Raises:
@@ -203,14 +203,11 @@ class EpisodeStore:
         self.folder = folder
         self.cell = cell
         self.settings = settings(cell)
-        path = folder / SETTINGS_FILE
-        if path.exists():
-            wrong = differing(json.loads(path.read_text(encoding="utf-8")), self.settings)
+        self._path = folder / SETTINGS_FILE
+        if self._path.exists():
+            wrong = differing(json.loads(self._path.read_text(encoding="utf-8")), self.settings)
             if wrong:
                 raise ConfigError(f"{folder} holds episodes of other settings ({'; '.join(wrong)}); use another folder")
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(self.settings, indent=1) + "\n")
 
     @staticmethod
     def named(root: Path, cell: Cell) -> "EpisodeStore":
@@ -229,6 +226,9 @@ class EpisodeStore:
 
     def write(self, task: int, number: int, record: Mapping[str, Any]) -> None:
         """Keep an episode; the file appears as a whole."""
+        if not self._path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self._path, json.dumps(self.settings, indent=1) + "\n")
         _write(self.path(task, number), json.dumps({"task": task, "initial_state": number} | dict(record)) + "\n")
 
     def read(self, tasks: Sequence[int], episodes: int) -> list[dict[str, Any]]:

@@ -29,6 +29,9 @@ from a2c2_ros.paths import share_directory
 from a2c2_ros.sim import conventions
 
 GRID_FILE = "libero_grid.yaml"
+PROCESS_BYTES = 2_700_000_000
+"""Resident memory of a worker with the simulator, the base policy and a compact head, measured."""
+MEMORY_SHARE = 0.6
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 Pair = tuple[int, int]
@@ -76,8 +79,7 @@ class Headline:
     naive: str = "naive"
     plain: str = "a2c2"  # the paper's recipe
     best: str = "a2c2"  # chosen on the development split
-    moving_naive: str = ""
-    moving: str = ""
+    moving: str = ""  # a2c2 on a variant in which things move
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def make_cell(grid: Grid, row: Row, pair: Pair | None, split: str) -> Cell:
 
 
 def equivalent_method(cell: Cell) -> str:
-    """A simpler method that executes the same actions at this (e, d), or the cell's own.
+    """A simpler method that does the same at this (e, d), or the cell's own.
 
     Without delay nothing has to be waited for or clean: sync and tt_rtc are naive. When all H slots are executed, RTC
     has nothing to go on from.
@@ -298,7 +300,7 @@ def plan(grid: Grid, split: str = "test") -> tuple[list[tuple[Cell, int]], list[
         if other is None:
             kept.append(cell)
         else:
-            left_out.append(LeftOut(cell, f"executes the same actions as {other}", other))
+            left_out.append(LeftOut(cell, f"the same method as {other} at this (e, d)", other))
     planned = [(cell, grid.episodes) for cell in kept]
     for entry in grid.more:
         chosen = [c for pair in entry.pairs for c in kept if (c.horizon, c.delay) == pair and c.label in entry.rows]
@@ -335,14 +337,24 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--processes",
         type=int,
-        default=len(conventions.TASKS),
-        help="simulators that are kept, running or waiting; fewer need less memory and start more often",
+        help="simulators that are kept, running or waiting for the next cell of their task; fewer need less memory and "
+        "start more often; default: one per task, as far as 60%% of the free memory allows",
     )
     p.add_argument("--budget-minutes", type=float, help="begin no episode after this time")
     p.add_argument("--retry-exceptions", action="store_true", help="run episodes again that ended in an exception")
     p.add_argument("--list", action="store_true", help="print the cells, what is there and what is left out")
     p.add_argument("--no-report", action="store_true", help="do not write the page")
     return p
+
+
+def default_processes(workers: int, tasks: int, free_bytes: int) -> int:
+    """How many simulators to keep: one per task, within ``MEMORY_SHARE`` of the free memory, at least ``workers``."""
+    return max(workers, min(tasks, int(MEMORY_SHARE * free_bytes / PROCESS_BYTES)))
+
+
+def _free_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
 
 
 def print_list(items: Sequence[Item], left_out: Sequence[LeftOut], tasks: Sequence[int]) -> None:
@@ -361,9 +373,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     started = time.monotonic()
     try:
-        if args.workers < 1 or args.processes < 1:
+        if args.workers < 1 or (args.processes is not None and args.processes < 1):
             raise ConfigError(f"--workers is {args.workers}, --processes is {args.processes}, allowed is 1 or more")
         grid = load_grid(args.grid or default_grid(), quick=args.quick).of_split(args.split)
+        processes = args.processes or default_processes(args.workers, len(grid.tasks), _free_bytes())
         cells, left_out = plan(grid, args.split)
         if args.cells:
             names = [cell.name for cell, _ in cells]
@@ -391,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             grid.tasks,
             lambda task, variant: ProcessWorker.libero(task, variant, grid.runs / "logs"),
             workers=args.workers,
-            processes=args.processes,
+            processes=processes,
             stop=stop,
             again=args.retry_exceptions,
         )

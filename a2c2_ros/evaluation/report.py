@@ -1,40 +1,404 @@
-"""Tables from result files, in Markdown: ``python -m a2c2_ros.evaluation.report results/libero/*.json``."""
+"""The page of an evaluation: tables beside the paper's numbers, targets and plots, between markers in a Markdown file.
+
+Text outside of the markers is left alone. Cells that were not run are shown as such, so a part of the grid will do.
+"""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from a2c2_ros.core.errors import A2C2Error
+from a2c2_ros.evaluation import paper
+from a2c2_ros.evaluation.cells import EXPERT, SPLITS, STATIC, Cell, differing, outcomes, settings
+from a2c2_ros.evaluation.grid import Grid, LeftOut, Pair, Row, default_grid, load_grid, make_cell, plan
+from a2c2_ros.evaluation.plots import Curve, plot
+from a2c2_ros.evaluation.statistics import SIGNIFICANCE, Difference, Recovery, difference, recovery
+
+NOT_RUN = "not run"
+LEFT_OUT = "–"
+Result = Mapping[str, Any]
 
 
-def success_table(results: Sequence[dict]) -> str:
-    """One row per cell: method, e, d, success with its 95% Wilson interval, and the success of every task."""
-    tasks = sorted({int(task) for result in results for task in result["per_task"]})
-    lines = [
-        "| method | e | d | success | 95% interval | " + " | ".join(f"task {task}" for task in tasks) + " |",
-        "|---|---|---|---|---|" + "---|" * len(tasks),
-    ]
-    for result in sorted(results, key=lambda r: (r["horizon"], r["delay"], r["method"] != "naive", r["method"])):
-        total = result["total"]
-        low, high = total["wilson_95"]
-        exceptions = f", {total['exceptions']} exceptions" if total["exceptions"] else ""
-        cells = [
-            f"{per['successes']}/{per['episodes']}" if (per := result["per_task"].get(str(task))) else "-"
-            for task in tasks
-        ]
-        lines.append(
-            f"| {result['method']} | {result['horizon']} | {result['delay']} | "
-            f"{total['successes']}/{total['episodes']}{exceptions} | {low:.0%} to {high:.0%} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines)
+class Results:
+    """The results of a grid, without those of other weights or settings.
+
+    Args:
+        grid: The grid.
+        split: Whose results.
+    """
+
+    def __init__(self, grid: Grid, split: str) -> None:
+        self.grid, self.split = grid, split
+        self.cells, self.left_out = plan(grid, split)
+        self.stale: dict[str, str] = {}
+        self._reasons: dict[str, LeftOut] = {entry.cell.name: entry for entry in self.left_out}
+        self._found: dict[str, Result] = {}
+        for row in grid.rows:
+            for pair in [None] if row.method == EXPERT else row.pairs or grid.pairs:
+                self._load(make_cell(grid, row, pair, split))
+
+    def _load(self, cell: Cell) -> None:
+        path = self.grid.results / f"{cell.name}.json"
+        if not path.exists():
+            return
+        result = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            mine = settings(cell)
+        except A2C2Error:  # the weights are not here: what was measured with them is shown as it is
+            mine = {"method": cell.method, "variant": cell.variant, "split": cell.split, "seed": cell.seed}
+        wrong = differing(_without_renderer(result), _without_renderer(mine))
+        if wrong:
+            self.stale[cell.name] = "; ".join(wrong)
+        else:
+            self._found[cell.name] = result
+
+    def name(self, row: Row, pair: Pair | None) -> str:
+        """Name of a cell, or of the one whose episodes are the same."""
+        name = make_cell(self.grid, row, pair, self.split).name
+        left = self._reasons.get(name)
+        return left.same_as if left and left.same_as and name not in self._found else name
+
+    def get(self, row: Row | None, pair: Pair | None) -> Result | None:
+        """The result of a row at a pair; None if it was not run."""
+        if row is None:
+            return None
+        return self._found.get(self.name(row, None if row.method == EXPERT else pair))
+
+    def absent(self, row: Row | None, pair: Pair) -> str:
+        """What a table says of a cell without a result."""
+        if row is None or not (row.method == EXPERT or pair in (row.pairs or self.grid.pairs)):
+            return NOT_RUN
+        name = make_cell(self.grid, row, pair, self.split).name
+        return LEFT_OUT if name in self._reasons and not self._reasons[name].same_as else NOT_RUN
+
+    def difference(self, row: Row | None, pair: Pair) -> Difference | None:
+        """Success minus that of the row's baseline at the same pair, None if one of them was not run."""
+        mine = self.get(row, pair)
+        theirs = self.get(self.grid.baseline(row), pair) if row else None
+        return difference(outcomes(mine), outcomes(theirs)) if mine and theirs else None
+
+    def recovery(self, row: Row | None, naive: Row | None) -> Recovery | None:
+        """Of a row at (40, 10), see :func:`statistics.recovery`; None without its three cells."""
+        parts = self.get(row, (40, 10)), self.get(naive, (40, 10)), self.get(naive, (10, 0))
+        return recovery(*map(outcomes, parts)) if all(parts) else None
+
+    def all(self) -> list[Result]:
+        """All results in use."""
+        return list(self._found.values())
+
+
+def _without_renderer(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings to compare: the page need not be made where the episodes were run."""
+    if "environment" not in facts:
+        return dict(facts)
+    return {**facts, "environment": {k: v for k, v in facts["environment"].items() if k != "renderer"}}
+
+
+def rate(result: Result | None, absent: str = NOT_RUN) -> str:
+    """``84% [76, 90]``, with the exceptions if there were any."""
+    if result is None:
+        return absent
+    total = result["total"]
+    if not total["episodes"]:
+        return f"{total['exceptions']} exceptions"
+    low, high = total["wilson_95"]
+    exceptions = f", {total['exceptions']} exceptions" if total["exceptions"] else ""
+    return f"{percent(total['success_rate'])} [{100 * low:.0f}, {100 * high:.0f}]{exceptions}"
+
+
+def percent(share: float) -> str:
+    """``84%``, or ``84.2%`` where a digit is needed."""
+    return f"{100 * share:.1f}".removesuffix(".0") + "%"
+
+
+def compare(found: Difference | None) -> str:
+    """``+12.0 (p = 0.02, n = 100)``."""
+    if found is None:
+        return NOT_RUN
+    p = f"= {found.p:.2g}" if found.p >= 0.001 else "< 0.001"
+    return f"{found.points:+.1f} (p {p}, n = {found.pairs})"
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *rows])
+
+
+def _compared(results: Results) -> list[tuple[str, Row | None]]:
+    """The rows that stand beside the paper's a2c2: the plain recipe, and the best head if it is another."""
+    head = results.grid.headline
+    labels = list(dict.fromkeys([head.plain, head.best]))
+    return [(label, results.grid.row(label)) for label in labels]
+
+
+def paper_table(results: Results, pairs: Mapping[Pair, Mapping[str, float]]) -> str:
+    """Ours beside a table of the paper, with pairs that only we have after it."""
+    naive, others = results.grid.row(results.grid.headline.naive), _compared(results)
+    heading = ["e", "d", "naive, paper", "naive, ours", "a2c2, paper"]
+    for label, _ in others:
+        heading += [f"{label}, ours", f"{label} - naive [points]"]
+    rows = []
+    for pair, theirs in pairs.items():
+        numbers = {method: percent(theirs[method]) if theirs else "" for method in ("naive", "a2c2")}
+        ours = rate(results.get(naive, pair), results.absent(naive, pair))
+        line = [str(pair[0]), str(pair[1]), numbers["naive"], ours, numbers["a2c2"]]
+        for _, row in others:
+            line += [rate(results.get(row, pair), results.absent(row, pair)), compare(results.difference(row, pair))]
+        rows.append(line)
+    return table(heading, rows)
+
+
+def grid_table(results: Results, variant: str) -> str:
+    """All rows of a variant, a column per pair; a sign says where a row differs significantly from its baseline."""
+    pairs = results.grid.all_pairs(variant)
+    rows = []
+    for row in results.grid.rows:
+        if row.variant != variant:
+            continue
+        line = [row.label]
+        for pair in pairs:
+            found = results.get(row, pair)
+            text = rate(found, results.absent(row, pair))
+            if found is not None and results.name(row, pair) != make_cell(results.grid, row, pair, results.split).name:
+                text = f"= {text}"
+            compared = results.difference(row, pair)
+            if compared is not None and compared.significant:
+                text += " ▲" if compared.points > 0 else " ▼"
+            line.append(text)
+        if row.method == EXPERT:
+            line[2:] = [""] * (len(pairs) - 1)
+        rows.append(line)
+    return table(["", *(f"({e}, {d})" for e, d in pairs)], rows)
+
+
+def grid_section(results: Results) -> str:
+    """The grid tables of all variants with their key."""
+    parts = [f"**{variant}**\n\n{grid_table(results, variant)}" for variant in results.grid.variants]
+    key = (
+        f"Columns are (e, d). In brackets the 95% Wilson interval. ▲ and ▼: above and below the row's baseline on the "
+        f"same initial states, exact McNemar test, p < {SIGNIFICANCE}, not adjusted for the number of cells. "
+        f"= : at this (e, d) the same method as another row, not run again. {LEFT_OUT} : not possible, see below."
+    )
+    return "\n\n".join([*parts, key])
+
+
+def task_table(results: Results) -> str:
+    """Success of every task for the headline rows at Table 1's pairs."""
+    grid = results.grid
+    rows = [(grid.headline.naive, grid.row(grid.headline.naive)), *_compared(results)]
+    lines = []
+    for pair in paper.TABLE_1:
+        for label, row in rows:
+            found = results.get(row, pair)
+            per = found["per_task"] if found else {}
+            counts = (per.get(str(task)) for task in grid.tasks)
+            lines.append(
+                [label, str(pair[0]), str(pair[1])]
+                + [f"{c['successes']}/{c['episodes']}" if c else NOT_RUN for c in counts]
+            )
+    return table(["row", "e", "d", *(f"task {task}" for task in grid.tasks)], lines)
+
+
+def targets(results: Results) -> list[tuple[str, str, str, bool | None]]:
+    """What was promised: (what, target, measured, met), met None where it was not run."""
+    grid, head = results.grid, results.grid.headline
+    naive, plain, best = grid.row(head.naive), grid.row(head.plain), grid.row(head.best)
+    found: list[tuple[str, str, str, bool | None]] = []
+
+    def add(what: str, target: str, value: float | None, text: str, limit: float) -> None:
+        found.append((what, target, NOT_RUN, None) if value is None else (what, target, text, value >= limit))
+
+    def add_rate(row: Row | None, label: str, pair: Pair, limit: float) -> None:
+        result = results.get(row, pair)
+        value = result["total"]["success_rate"] if result else None
+        add(f"{label} {pair}", f"at least {limit:.0%}", value, rate(result), limit)
+
+    def add_gain(row: Row | None, label: str, pair: Pair) -> None:
+        compared = results.difference(row, pair)
+        add(f"{label} above naive {pair}", "at least 20 points", compared and compared.points, compare(compared), 20.0)
+
+    def add_recovery(row: Row | None, label: str, limit: float) -> None:
+        part = results.recovery(row, naive)
+        text = ""
+        if part is not None:
+            low, high = part.interval or (float("nan"),) * 2
+            text = f"{part.value:.2f} " + (f"[{low:.2f}, {high:.2f}]" if part.interval else "[interval undefined]")
+        add(f"recovery of {label}", f"at least {limit}", part and part.value, text, limit)
+
+    add_rate(naive, head.naive, (10, 0), 0.85)
+    add_rate(best, head.best, (40, 10), 0.90)
+    for label, row in _compared(results):
+        add_gain(row, label, (40, 10))
+        add_gain(row, label, (50, 0))
+    add_recovery(plain, f"{head.plain} (plain recipe)", 1.0)
+    add_recovery(best, f"{head.best} (best head)", 1.3)
+    for label, row in _compared(results):
+        pairs = (row.pairs or grid.pairs) if row else ()
+        compared = {p: results.difference(row, p) for p in pairs if results.absent(row, p) != LEFT_OUT}
+        ran = {pair: c for pair, c in compared.items() if c is not None}
+        below = [f"({e}, {d})" for (e, d), c in ran.items() if c.points < 0 and c.significant]
+        text = f"{len(ran)} of {len(compared)} cells" + (f", below at {', '.join(below)}" if below else "")
+        complete = ran and (below or len(ran) == len(compared))
+        found.append((f"{label} significantly below naive", "nowhere", text, not below if complete else None))
+    add_gain(grid.row(head.moving), head.moving or "a2c2 on moving", (40, 10))
+    return found
+
+
+def targets_section(results: Results) -> str:
+    """The targets as a table, with the paper's recovery and where ours comes from."""
+    words = {True: "met", False: "**missed**", None: NOT_RUN}
+    lines = [(what, target, text, words[met]) for what, target, text, met in targets(results)]
+    note = (
+        f"Recovery is (a2c2(40, 10) - naive(40, 10)) / (naive(10, 0) - naive(40, 10)), in the paper "
+        f"{paper.recovery():.2f}; its interval is a 95% bootstrap over the initial states of each task. Differences "
+        f"are in pairs on the same initial states, p of the exact McNemar test."
+    )
+    return f"{table(['what', 'target', 'measured', ''], lines)}\n\n{note}"
+
+
+def left_out_section(results: Results) -> str:
+    """Every cell that has no number of its own, and why; exceptions."""
+    reasons: dict[str, list[str]] = {}
+    for entry in results.left_out:
+        reasons.setdefault(entry.reason, []).append(entry.cell.name)
+    for name, reason in results.stale.items():
+        reasons.setdefault(f"the result is of other settings ({reason})", []).append(name)
+    lines = [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    for result in results.all():
+        if errors := [r["error"] for r in result["rollouts"] if r["error"] is not None]:
+            kinds = "; ".join(sorted(set(errors)))
+            lines.append(f"- {result['cell']}: {len(errors)} exceptions, not counted as failures: {kinds}")
+    names = {cell.name for cell, _ in results.cells}
+    run = sum(result["cell"] in names for result in results.all())
+    return "\n".join([f"{run} of {len(names)} cells are complete.", *([""] if lines else []), *lines])
+
+
+def speed_section(results: Results) -> str:
+    """Control steps per second of one process, by row; machine, versions and weights."""
+    lines = []
+    for row in results.grid.rows:
+        mine = [r["speed"] for r in results.all() if r["label"] == row.label and r["speed"]]
+        seconds, steps = (sum(s[name] for s in mine) for name in ("seconds", "control_steps"))
+        if not seconds:
+            continue
+        parts = ("simulation", "inference", "head")
+        shares = [sum(s[f"{name}_share"] * s["seconds"] for s in mine) / seconds for name in parts]
+        lines.append([row.label, str(steps), f"{steps / seconds:.1f}", *(f"{100 * share:.0f}%" for share in shares)])
+    heading = ["row", "control steps", "per second and process", "simulation", "policy", "head"]
+    facts = {
+        "machine": {f"{m['processor']}, {m['processors']} processors" for m in (r["machine"] for r in results.all())},
+        "versions": {", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in results.all()},
+        "renderer": {str(r["environment"]["renderer"]) for r in results.all()},
+        "policies": {r["policy_id"] for r in results.all() if "policy_id" in r},
+        "heads": {f"{r['head']} ({r['head_sha256'][:12]})" for r in results.all() if "head" in r},
+    }
+    notes = [f"- {name}: {'; '.join(sorted(values))}" for name, values in facts.items() if values]
+    return "\n".join([table(heading, lines), "", "Resets are included.", "", *notes]) if lines else f"{NOT_RUN}."
+
+
+def _curves(results: Results, variant: str, pairs: Mapping[int, Pair]) -> list[Curve]:
+    """One curve per row, and the paper's; ``pairs`` maps the horizontal axis to (e, d)."""
+    curves = []
+    for row in results.grid.rows:
+        if row.variant != variant or not row.plot or row.method == EXPERT:
+            continue
+        points = {}
+        for x, pair in pairs.items():
+            found = results.get(row, pair)
+            if found is not None and found["total"]["episodes"]:
+                points[x] = (found["total"]["success_rate"], *found["total"]["wilson_95"])
+        if points:
+            curves.append(Curve(row.label, points))
+    if variant == STATIC and curves:
+        for method in ("naive", "a2c2"):
+            points = {x: (paper.TABLE_7[p][method],) * 3 for x, p in pairs.items() if p in paper.TABLE_7}
+            curves.append(Curve(f"{method}, paper", points, paper=True))
+    return curves
+
+
+def plots_section(results: Results) -> str:
+    """Draw the plots beside the page; returns the links to them."""
+    links = []
+    page = results.grid.page
+    for variant in results.grid.variants:
+        pairs = results.grid.all_pairs(variant)
+        panels = []
+        for horizon in (40, 10):
+            of_delay = {d: (e, d) for e, d in sorted(pairs) if e == horizon}
+            panels.append((f"e = {horizon}", "inference delay d [steps]", _curves(results, variant, of_delay)))
+        of_horizon = {e: (e, d) for e, d in sorted(pairs) if d == 0}
+        panels.append(("d = 0", "execution horizon e [steps]", _curves(results, variant, of_horizon)))
+        panels = [panel for panel in panels if panel[2]]
+        if panels:
+            path = page.with_name(f"{page.stem}_{variant}.png")
+            plot(path, panels)
+            links.append(f"![Success against delay and horizon, {variant}]({path.name})")
+    return "\n\n".join(links) or f"{NOT_RUN}."
+
+
+def sections(results: Results) -> dict[str, str]:
+    """What goes between the markers, by their names; draws the plots."""
+    known = dict.fromkeys([*paper.TABLE_7, *results.grid.all_pairs(STATIC)])
+    return {
+        "targets": targets_section(results),
+        "table1": paper_table(results, paper.TABLE_1),
+        "table7": paper_table(results, {pair: paper.TABLE_7.get(pair, {}) for pair in known}),
+        "grid": grid_section(results),
+        "plots": plots_section(results),
+        "tasks": task_table(results),
+        "left_out": left_out_section(results),
+        "speed": speed_section(results),
+    }
+
+
+def fill(text: str, parts: Mapping[str, str]) -> str:
+    """Replace what is between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; missing markers are added at the end.
+
+    Raises:
+        A2C2Error: If a marker has no counterpart after it.
+    """
+    for name, content in parts.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        before, found, rest = text.partition(begin)
+        if not found:
+            text = f"{text.rstrip()}\n\n{begin}\n\n{content}\n\n{end}\n".lstrip()
+            continue
+        _, closed, after = rest.partition(end)
+        if not closed:
+            raise A2C2Error(f"the page has {begin} without {end} after it")
+        text = f"{before}{begin}\n\n{content}\n\n{end}{after}"
+    return text
+
+
+def write(grid: Grid, split: str = "test") -> None:
+    """Write the page and its plots, and print the tables beside the paper's."""
+    parts = sections(Results(grid, split))
+    grid.page.parent.mkdir(parents=True, exist_ok=True)
+    text = grid.page.read_text(encoding="utf-8") if grid.page.exists() else ""
+    grid.page.write_text(fill(text, parts), encoding="utf-8")
+    print("\n\n".join(parts[name] for name in ("table1", "table7", "grid", "targets")))
+    print(f"\n-> {grid.page}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m a2c2_ros.evaluation.report", description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="JSON files of a2c2_ros.evaluation.libero")
+    parser = argparse.ArgumentParser(
+        prog="python -m a2c2_ros.evaluation.report",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--grid", type=Path, help="YAML file; default: the package's config/libero_grid.yaml")
+    parser.add_argument("--quick", action="store_true", help="its section quick")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="whose results")
     args = parser.parse_args(argv)
-    print(success_table([json.loads(path.read_text(encoding="utf-8")) for path in args.files]))
+    try:
+        write(load_grid(args.grid or default_grid(), quick=args.quick).of_split(args.split), args.split)
+    except A2C2Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -5,6 +5,7 @@ for as long as there is work for its task. ``ProcessWorker`` is the side that as
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -130,7 +131,10 @@ class ProcessWorker:
         except (BrokenPipeError, ValueError):  # ValueError: closed by another thread
             reply = ""
         if not reply.endswith("\n"):
-            code = self._process.wait(STOP_TIMEOUT_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT_S)
+            self.close()
+            code = self._process.returncode
             raise WorkerError(f"the process of {cell.name}, episode {number}, ended with code {code}, see {self._log}")
         return json.loads(reply)
 

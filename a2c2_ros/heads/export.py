@@ -133,6 +133,12 @@ def to_onnx(head: Head) -> onnx.ModelProto:
     for tokens in [node for node in model.graph.output if node.name != OUTPUT_NAME]:
         model.graph.output.remove(tokens)
         model.graph.value_info.append(tokens)
+    # The exporter drops the inputs that an ablation takes away; whoever runs the graph gives them all the same.
+    types = {np.uint8: onnx.TensorProto.UINT8, np.float32: onnx.TensorProto.FLOAT}
+    del model.graph.input[:]
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, types[dtype], shape) for name, (shape, dtype) in shapes.items()
+    )
     onnx.checker.check_model(model)
     return model
 

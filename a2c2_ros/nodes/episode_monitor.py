@@ -56,6 +56,8 @@ class MonitorConfig(Parameters):
     execution_horizon: int = parameter(40, "e [steps]", dynamic=False)
     inference_delay: int = parameter(10, "d [steps]", dynamic=False)
     inference_delay_jitter: int = parameter(0, "[steps]", dynamic=False)
+    chunking: str = parameter("asynchronous", "How chunks follow each other", dynamic=False)
+    motion: str = parameter("none", "What the plate does", dynamic=False)
     correction: bool = parameter(True, "Whether the head corrects", dynamic=False)
     lockstep: bool = parameter(True, "Whether the simulation waits for commands", dynamic=False)
     record: bool = parameter(False, "Whether a bag is written", dynamic=False)

@@ -43,6 +43,12 @@ class SimConfig(Parameters):
         -1, "Official initial state; -1: the episode's number in turn", low=-1, high=49, dynamic=False
     )
     seed: int = parameter(0, "Seed of the fixtures; episode n uses seed + n", low=0, high=2**31 - 1, dynamic=False)
+    motion: str = parameter(
+        "none",
+        "What the plate does: nothing, slide all the time (drift), or once (push)",
+        choices=conventions.MOTIONS,
+        dynamic=False,
+    )
     lockstep: bool = parameter(True, "Wait for the command of every step; else step on the clock", dynamic=False)
     lockstep_timeout_s: float = parameter(5.0, "Longest wait for a command in lockstep [s]", low=0.1, high=600.0)
     start_timeout_s: float = parameter(
@@ -175,7 +181,7 @@ class LiberoSim(PlainNode):
                     env.close()
                     env = None
                 if env is None:
-                    env = LiberoEnv(task)
+                    env = LiberoEnv(task, motion=self._settings.value.motion)
                 if state < 0:
                     state = episode % env.n_initial_states
                 observation = env.reset(state, config.seed + episode)

@@ -204,7 +204,7 @@ class FlowNetwork(nn.Module):
             else:
                 with torch.inference_mode(False), torch.enable_grad():
                     at = x.clone().requires_grad_()
-                    clean = self.decoder(at, times, latent.clone())
+                    clean = self.decoder(at, times.clone(), latent.clone())  # autograd refuses inference tensors
                     error = weights * (known.clone() - clean.detach()[:, : known.shape[1]])
                     (gradient,) = torch.autograd.grad((clean[:, : known.shape[1]] * error).sum(), at)
                 clean = clean.detach()

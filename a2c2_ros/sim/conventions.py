@@ -44,6 +44,9 @@ NOMINAL_EE_QUAT_XYZW.setflags(write=False)
 TARGET_BOWL = "akita_black_bowl_1"
 PLATE = "plate_1"
 
+MOTIONS = ("none", "drift", "push")
+"""What the plate does during an episode: nothing; slide to and fro all the time; slide once, early in the episode."""
+
 
 def parse_numbers(text: str) -> list[int]:
     """``"0-3,7"`` to [0, 1, 2, 3, 7].

@@ -11,7 +11,7 @@ import numpy as np
 
 from a2c2_ros.core.errors import SimulationError
 from a2c2_ros.sim import conventions as c
-from a2c2_ros.sim.meshes import simplified
+from a2c2_ros.sim.meshes import simplify_meshes
 
 with contextlib.redirect_stdout(io.StringIO()):  # the benchmark reports its task lists on import
     from libero.libero.benchmark import get_benchmark
@@ -22,8 +22,6 @@ ARM_NOISE_RAD = 0.02
 """Standard deviation of the arm's joints at the start of an episode: robosuite's default, seen in LIBERO's states."""
 MIN_CONTRAST = 8.0
 """Grey-level standard deviation below which a frame is taken for a failed render. Real frames have more than 25."""
-MOTIONS = ("none", "drift", "push")
-"""What the plate does during an episode: nothing; slide to and fro all the time; slide once, early in the episode."""
 DRIFT_SPEED_M_S = 0.02
 DRIFT_LIMIT_M = 0.08
 """Distance from its place at which the drifting plate turns."""
@@ -51,7 +49,7 @@ class LiberoEnv:
         image_size: Edge of the square camera images [pixel].
         render: False leaves the images out and makes a step several times cheaper.
         full_meshes: True draws LIBERO's meshes as they are, four times slower; see ``sim.meshes``.
-        motion: One of ``MOTIONS``.
+        motion: One of ``conventions.MOTIONS``.
 
     Raises:
         SimulationError: If there is no such task or motion, or the renderer cannot be made.
@@ -68,8 +66,8 @@ class LiberoEnv:
     ):
         if isinstance(task, bool) or not isinstance(task, (int, np.integer)) or task not in c.TASKS:
             raise SimulationError(f"unknown task {task!r} of {c.SUITE}, allowed are the integers 0 to {c.TASKS[-1]}")
-        if motion not in MOTIONS:
-            raise SimulationError(f"motion is {motion!r}, allowed are {MOTIONS}")
+        if motion not in c.MOTIONS:
+            raise SimulationError(f"motion is {motion!r}, allowed are {c.MOTIONS}")
         self.task = int(task)
         self.motion = motion
         self.image_size = int(image_size)
@@ -91,7 +89,8 @@ class LiberoEnv:
         self._env._observables.clear()
         self._model = self._env.sim.model._model
         self._data = self._env.sim.data._data
-        self._drawn = self._model if full_meshes or not render else simplified(self._model)
+        if render and not full_meshes:
+            simplify_meshes(self._model)
         self._renderer = self._make_renderer() if render else None
         self._images: dict[str, np.ndarray] = {}
         self._motion: _PlateMotion | None = None
@@ -238,10 +237,10 @@ class LiberoEnv:
         self.close()
 
     def _make_renderer(self) -> mujoco.Renderer:
-        self._drawn.vis.quality.offsamples = 0
+        self._model.vis.quality.offsamples = 0
         self._scene_option = mujoco.MjvOption()
         self._scene_option.geomgroup[0] = 0  # collision shapes
-        renderer = mujoco.Renderer(self._drawn, self.image_size, self.image_size)
+        renderer = mujoco.Renderer(self._model, self.image_size, self.image_size)
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         return renderer

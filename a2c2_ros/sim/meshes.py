@@ -4,14 +4,12 @@ LIBERO's bowls have 42,000 triangles each and cover some hundred pixels. Meshes 
 quadric edge collapses (fast-simplification); collision shapes, materials and textures stay as they are.
 """
 
-import copy
-
 import fast_simplification
 import mujoco
 import numpy as np
 from scipy.spatial import cKDTree
 
-LARGE_FACES = 4000
+LARGE_FACES = 8000
 """Meshes of fewer faces are left alone."""
 KEPT_SHARE = 0.12
 _NEIGHBOURS = 24
@@ -19,24 +17,23 @@ _DISTANCE_M = 0.004  # counts as much as a right angle between normals
 _TEXTURE = 0.125  # distance in texture coordinates that counts as much
 
 
-def simplified(model: mujoco.MjModel) -> mujoco.MjModel:
-    """A copy of a model for rendering, whose large visible meshes have ``KEPT_SHARE`` of their faces.
+def simplify_meshes(model: mujoco.MjModel) -> None:
+    """Leave ``KEPT_SHARE`` of the faces of a model's large meshes, those that only cameras see.
 
     Same model, same result, in any process.
 
     Args:
-        model: Compiled model; not changed. Geoms of group 0 are collision shapes.
+        model: Compiled model, changed in place, before a renderer is made of it.
     """
-    model = copy.copy(model)
-    drawn = (model.geom_group != 0) & (model.geom_type == mujoco.mjtGeom.mjGEOM_MESH)
-    for mesh in np.unique(model.geom_dataid[drawn]):
+    meshes = model.geom_type == mujoco.mjtGeom.mjGEOM_MESH
+    solid = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
+    for mesh in np.setdiff1d(model.geom_dataid[meshes], model.geom_dataid[meshes & solid]):
         if model.mesh_facenum[mesh] >= LARGE_FACES:
             _simplify(model, int(mesh))
-    return model
 
 
 def _simplify(model: mujoco.MjModel, mesh: int) -> None:
-    """Simplify a mesh in place: the model keeps its arrays, the rest of the mesh's part is not used any more."""
+    """The model keeps its arrays; the rest of the mesh's part of them is not used any more."""
     faces = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
     first_vertex = model.mesh_vertadr[mesh]
     vertices = model.mesh_vert[first_vertex : first_vertex + model.mesh_vertnum[mesh]]

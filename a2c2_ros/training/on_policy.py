@@ -68,13 +68,17 @@ class Labeller(Expert):
         x, y = bowl[3:5]
         return bool(bowl[2] < plate[2] - FALLEN_M or 1.0 - 2.0 * (x * x + y * y) < MIN_UPRIGHT)
 
-    def _advance(self, position: np.ndarray, bowl: np.ndarray, plate: np.ndarray, speed: float, tilt: float) -> None:
+    def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """As :meth:`Expert.act`."""
+        position, orientation = observation["ee_pose"][:3], observation["ee_pose"][3:]
+        bowl = self._env.object_pose(conventions.TARGET_BOWL)
         lifted = bowl[2] > self._rest_z + HELD_HEIGHT_M
         held = lifted and float(np.linalg.norm(bowl[:3] - position)) < HELD_DISTANCE_M
-        if held and self.phase in (Phase.APPROACH, Phase.DESCEND):
+        if held and self.phase in (Phase.APPROACH, Phase.DESCEND) and self._last_position is not None:
+            self._yaw = float(2.0 * np.arctan2(orientation[1], orientation[0]))  # it stays as it was taken
             self._enter(Phase.CLOSE)
             self._steps = CLOSE_STEPS
-        super()._advance(position, bowl, plate, speed, tilt)
+        return super().act(observation)
 
 
 class _Remembering:

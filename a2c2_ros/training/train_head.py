@@ -229,7 +229,7 @@ def train_head(
     loop: LoopConfig,
     out: Path,
     holdout: float = 0.05,
-    recipe: HeadRecipe = HeadRecipe(),
+    recipe: HeadRecipe | None = None,
     augmentation: Augmentation | None = None,
 ) -> Head:
     """Train a head and write ``head.safetensors`` with its record.
@@ -251,7 +251,7 @@ def train_head(
         ConfigError: If the recipe does not fit the chunks or the head, or ``out`` has the checkpoint of another
             training.
     """
-    augmentation = augmentation or Augmentation()
+    recipe, augmentation = recipe or HeadRecipe(), augmentation or Augmentation()
     horizon = head.config.horizon
     recipe.slot_range(horizon)
     if loop.workers > 1 and any(isinstance(module, (nn.BatchNorm2d, nn.Dropout)) for module in head.modules()):

@@ -1,0 +1,81 @@
+"""A policy folder and a head file that only say whose they are, and workers without a simulator."""
+
+import json
+import threading
+import time
+
+import onnx
+
+from a2c2_ros.core.manifest import HeadManifest
+from a2c2_ros.evaluation.worker import WorkerError
+from a2c2_ros.heads.onnx_head import save_graph
+
+
+def write_policy(folder, policy_id, horizon=50, prefix_slots=0):
+    folder.mkdir(exist_ok=True)
+    facts = {"policy_id": policy_id, "horizon": horizon, "prefix_slots": prefix_slots}
+    (folder / "config.json").write_text(json.dumps(facts))
+
+
+def write_head(path, policy_id, parameters=0):
+    manifest = HeadManifest(
+        architecture="test",
+        policy_id=policy_id,
+        horizon=50,
+        step_ns=50_000_000,
+        action_names=("x",),
+        action_space="test",
+        cameras={},
+        state_names=(),
+        latent_size=0,
+        language_size=0,
+        parameters=parameters,
+    )
+    save_graph(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), manifest, path)
+
+
+def fake_record(cell, task, number):
+    """Success depends on everything that identifies an episode but the time; one in seven raises."""
+    value = sum(map(ord, f"{cell.label}{cell.horizon}{cell.delay}{cell.policy}")) + 13 * task + 7 * number
+    if value % 7 == 0:
+        return {"error": f"SimulationError: {task} {number}"}
+    record = {"success": value % 3 > 0, "steps": 10, "seconds": 0.5, "inference_ms": [1.0], "head_ms": [], "states": {}}
+    return {"error": None, **record}
+
+
+class FakeWorkers:
+    """Starts workers that answer with ``fake_record`` and keeps what they were asked for."""
+
+    def __init__(self, delay_s=0.0, dies=lambda cell, task, number: False):
+        self.delay_s, self.dies = delay_s, dies
+        self.ran, self.started, self.alive, self.most_alive = [], [], 0, 0
+        self.lock = threading.Lock()
+
+    def __call__(self, task, variant):
+        with self.lock:
+            self.started.append((task, variant))
+            self.alive += 1
+            self.most_alive = max(self.alive, self.most_alive)
+        return FakeWorker(self, task, variant)
+
+
+class FakeWorker:
+    def __init__(self, pool, task, variant):
+        self.pool, self.task, self.variant, self.open = pool, task, variant, True
+        self.running = False
+
+    def run(self, cell, number):
+        assert self.open and not self.running and cell.variant == self.variant
+        self.running = True
+        time.sleep(self.pool.delay_s)
+        self.running = False
+        if self.pool.dies(cell, self.task, number):
+            raise WorkerError(f"{cell.name} task {self.task} died")
+        with self.pool.lock:
+            self.pool.ran.append((cell.name, self.task, number))
+        return fake_record(cell, self.task, number)
+
+    def close(self):
+        with self.pool.lock:
+            self.pool.alive -= self.open
+        self.open = False

@@ -1,0 +1,436 @@
+"""The grid: what is run and what not, episodes that survive everything, results and the page."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_fakes import FakeWorkers, fake_record, write_head, write_policy
+
+from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.evaluation import cells, grid, libero, paper, report
+from a2c2_ros.evaluation.cells import DEVELOPMENT_SEEDS, Cell
+from a2c2_ros.evaluation.pool import MAX_DEATHS, Pool, Unit
+from a2c2_ros.evaluation.runner import progress, run_items
+from a2c2_ros.evaluation.worker import ProcessWorker, WorkerError
+
+GRID = """
+results: {folder}/results
+runs: {folder}/runs
+page: {folder}/page.md
+tasks: 0,3
+episodes: 3
+policy: {folder}/policy
+head: {folder}/head.onnx
+rows:
+  - {{label: naive, method: naive}}
+  - {{label: a2c2, method: a2c2}}
+  - {{label: expert, method: expert}}
+  - {{label: sync, method: sync}}
+pairs: [[40, 10], [10, 0], [50, 0]]
+more:
+  - {{rows: [naive, a2c2], pairs: [[10, 0]], episodes: 5}}
+headline: {{naive: naive, plain: a2c2, best: a2c2}}
+quick: {{tasks: 3, episodes: 1, rows: [naive], pairs: [[10, 0]], results: {folder}/quick}}
+"""
+EPISODES = 8 * 2 * 3 + 2 * 2 * 2
+"""naive and a2c2 at three pairs, the expert, sync at (40, 10) alone; two of them have two more per task."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_policy(tmp_path / "policy", "p1")
+    write_head(tmp_path / "head.onnx", "p1")
+    (tmp_path / "grid.yaml").write_text(GRID.format(folder=tmp_path))
+    return tmp_path
+
+
+def run(folder, start=None, workers=2, processes=4, **options):
+    loaded = grid.load_grid(folder / "grid.yaml")
+    items = grid.make_items(loaded, grid.plan(loaded)[0])
+    start = start or FakeWorkers()
+    state = run_items(items, loaded.tasks, start, workers=workers, processes=processes, **options)
+    assert state == progress(items, loaded.tasks)
+    return start, state
+
+
+def results(folder):
+    found = {path.stem: json.loads(path.read_text()) for path in (folder / "results").glob("*.json")}
+    return {name: {k: result[k] for k in ("total", "per_task", "rollouts", "states")} for name, result in found.items()}
+
+
+def expected(name, method, horizon, delay, episodes, folder):
+    policy = "" if method == "expert" else f"{folder}/policy"
+    cell = Cell(label=method, method=method, horizon=horizon, delay=delay, policy=policy)
+    records = [fake_record(cell, task, number) for task in (0, 3) for number in range(episodes)]
+    fine = [r for r in records if r["error"] is None]
+    return sum(r["success"] for r in fine), len(fine), len(records) - len(fine)
+
+
+def check_counts(folder):
+    found = results(folder)
+    wanted = {
+        f"{method}_e{e}_d{d}": (method, e, d, 5 if (e, d) == (10, 0) else 3)
+        for method in ("naive", "a2c2")
+        for e, d in ((40, 10), (10, 0), (50, 0))
+    } | {"expert": ("expert", None, None, 3), "sync_e40_d10": ("sync", 40, 10, 3)}
+    assert found.keys() == wanted.keys()
+    for name, arguments in wanted.items():
+        total = found[name]["total"]
+        counts = (total["successes"], total["episodes"], total["exceptions"])
+        assert counts == expected(name, *arguments, folder), name
+    return found
+
+
+def test_the_shipped_grid_has_the_pairs_and_rows_that_were_promised():
+    loaded = grid.load_grid(grid.default_grid())
+    assert set(loaded.pairs) == {*paper.TABLE_7, (20, 20), (30, 20)}
+    assert {row.method for row in loaded.rows} == set(cells.METHOD_NAMES)
+    assert set(loaded.more[0].pairs) == set(paper.TABLE_1)
+    assert (loaded.episodes, loaded.more[0].episodes, loaded.tasks) == (10, 50, tuple(range(10)))
+    quick = grid.load_grid(grid.default_grid(), quick=True)
+    assert (len(quick.tasks), len(quick.pairs), len(quick.rows)) == (2, 3, 3)
+    assert quick.results != loaded.results
+    assert quick.page != loaded.page
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("method: sync", "method: snyc", "snyc"),
+        ("label: sync", "label: naive", "each once"),
+        ("label: sync", "label: a/b", "a/b"),
+        ("[10, 0]]", "[10]]", r"\[10\]"),
+        ("episodes: 5", "episodes: 51", "51"),
+        ("episodes: 3", "episode: 3", "episode"),
+        ("rows: [naive, a2c2]", "rows: [nobody]", "nobody"),
+        ("tasks: 0,3", "tasks: 0-10", "10"),
+        ("rows:\n", "rows: 3\nold:\n", "rows is 3"),
+        ("{label: naive, method: naive}", "{label: naive, methode: naive}", "methode"),
+    ],
+)
+def test_what_is_wrong_in_a_grid_file_is_named(folder, old, new, words):
+    path = folder / "grid.yaml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ConfigError, match=words):
+        grid.load_grid(path)
+
+
+def test_plan_is_in_the_order_of_the_file_and_more_comes_last(folder):
+    planned, left_out = grid.plan(grid.load_grid(folder / "grid.yaml"))
+    assert [(cell.name, n) for cell, n in planned] == [
+        ("naive_e40_d10", 3),
+        ("a2c2_e40_d10", 3),
+        ("expert", 3),
+        ("sync_e40_d10", 3),
+        ("naive_e10_d0", 3),
+        ("a2c2_e10_d0", 3),
+        ("naive_e50_d0", 3),
+        ("a2c2_e50_d0", 3),
+        ("naive_e10_d0", 5),
+        ("a2c2_e10_d0", 5),
+    ]
+    assert [(entry.cell.name, entry.same_as) for entry in left_out] == [
+        ("sync_e10_d0", "naive_e10_d0"),
+        ("sync_e50_d0", "naive_e50_d0"),
+    ]
+
+
+def test_what_is_not_possible_is_left_out_with_its_reason(folder):
+    write_policy(folder / "prefix", "p2", prefix_slots=4)
+    write_head(folder / "foreign.onnx", "p3")
+    text = (folder / "grid.yaml").read_text()
+    rows = f"""
+  - {{label: tt, method: tt_rtc, policy: {folder}/prefix}}
+  - {{label: foreign, method: a2c2, head: {folder}/foreign.onnx}}
+  - {{label: later, method: a2c2, head: {folder}/later.onnx}}
+  - {{label: moving, method: naive, variant: push, pairs: [[5, 2]]}}
+"""
+    text = text.replace("\npairs:", f"{rows}\npairs:").replace("[50, 0]]\nmore", "[10, 4], [5, 6], [45, 10]]\nmore")
+    (folder / "grid.yaml").write_text(text)
+    planned, left_out = grid.plan(grid.load_grid(folder / "grid.yaml"))
+    names = [cell.name for cell, n in planned if n == 3]
+    assert {"tt_e10_d4", "tt_e10_d0", "naive_e10_d4"} <= set(names)  # another policy's tt_rtc is not naive at d = 0
+    assert [cell.name for cell, _ in planned][-1] == "moving_e5_d2"  # a variant is done before the next
+    reasons = {entry.cell.name: entry.reason for entry in left_out}
+    assert "d <= e" in reasons["naive_e5_d6"]
+    assert "e + d <= H" in reasons["naive_e45_d10"]
+    assert "d=10" in reasons["tt_e40_d10"] and "4 slots" in reasons["tt_e40_d10"]
+    assert "p3" in reasons["foreign_e40_d10"]
+    assert "later.onnx" in reasons["later_e40_d10"]
+    assert not set(names) & set(reasons)
+
+
+@pytest.mark.parametrize(("workers", "processes"), [(1, 1), (2, 2), (5, 8)])
+def test_results_do_not_depend_on_the_number_of_workers(folder, workers, processes):
+    pool, state = run(folder, FakeWorkers(0.002))
+    found = check_counts(folder)
+    assert (state.done, state.episodes, state.complete, state.cells) == (EPISODES, EPISODES, 8, 8)
+    assert len(pool.ran) == len(set(pool.ran)) == EPISODES
+    assert pool.alive == 0
+    shutil.rmtree(folder / "results")
+    shutil.rmtree(folder / "runs")
+    other, _ = run(folder, FakeWorkers(0.002), workers, processes)
+    assert results(folder) == found
+    assert other.most_alive <= processes
+    assert other.alive == 0
+
+
+def test_a_second_run_has_nothing_to_do_but_writes_lost_results(folder):
+    run(folder)
+    (folder / "results" / "expert.json").unlink()
+    workers, _ = run(folder)
+    assert not workers.started
+    check_counts(folder)
+
+
+def test_complete_cells_come_early_with_fewer_workers_than_tasks():
+    tasks, order = range(10), [Cell(label=f"c{i}", method="expert") for i in range(3)]
+    units = [Unit(cell, task, (0, 1)) for cell in order for task in tasks]
+    seen = []
+    workers = FakeWorkers()
+    Pool(workers, 2, 10).run(units, lambda unit, number, record: seen.append(unit.cell.label))
+    assert len(workers.started) == 10  # every simulator is made once
+    last = {label: len(seen) - 1 - seen[::-1].index(label) for label in ("c0", "c1", "c2")}
+    assert last["c0"] < 24 and last["c1"] < 44  # of 60; a cell has 20
+
+
+def test_few_processes_take_several_cells_before_they_make_room():
+    order = [Cell(label=f"c{i}", method="expert") for i in range(8)]
+    workers = FakeWorkers()
+    units = [Unit(cell, task, (0,)) for cell in order for task in range(10)]
+    Pool(workers, 1, 1).run(units, lambda *_: None)
+    assert len(workers.ran) == 80
+    assert len(workers.started) <= 30
+    assert workers.most_alive == 1
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from evaluation_fakes import FakeWorkers
+from test_grid import run
+run(Path(sys.argv[1]), FakeWorkers(0.02))
+"""
+
+
+def test_a_run_that_was_killed_is_continued_with_right_counts(folder):
+    script = KILLED.format(path=[str(Path(__file__).parent), *sys.path])
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list((folder / "runs").glob("*/task*.json"))) < 9:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = len(list((folder / "runs").glob("*/task*.json")))
+    assert 9 <= kept < EPISODES
+    workers, state = run(folder)
+    assert len(workers.ran) == EPISODES - kept
+    assert state.complete == 8
+    check_counts(folder)
+
+
+def test_a_budget_ends_after_an_episode_and_the_rest_comes_later(folder):
+    first = FakeWorkers()
+    _, state = run(folder, first, workers=1, stop=lambda: len(first.ran) >= 10)
+    assert (len(first.ran), state.done) == (10, 10)
+    assert set(results(folder)) == {"naive_e40_d10"}  # six of its episodes, four of the next cell
+    second, _ = run(folder)
+    assert len(second.ran) == EPISODES - 10
+    check_counts(folder)
+
+
+def test_episodes_of_other_weights_are_not_mixed_in(folder):
+    run(folder)
+    before = results(folder)
+    write_head(folder / "head.onnx", "p1", parameters=1)
+    os.utime(folder / "head.onnx", ns=(1, 1))
+    loaded = grid.load_grid(folder / "grid.yaml")
+    stale = report.Results(loaded, "test").stale
+    assert set(stale) == {"a2c2_e40_d10", "a2c2_e10_d0", "a2c2_e50_d0"}
+    workers, _ = run(folder)
+    assert {name.split("_")[0] for name, _, _ in workers.ran} == {"a2c2"}
+    assert len(workers.ran) == 3 * 2 * 3 + 2 * 2
+    assert results(folder) == before  # the fake's success does not depend on the head
+    assert not report.Results(loaded, "test").stale
+    assert len(list((folder / "runs").glob("a2c2_e40_d10-*"))) == 2
+
+
+def test_exceptions_are_kept_until_they_are_run_again_on_demand(folder):
+    _, state = run(folder)
+    raised = sum(result["total"]["exceptions"] for result in results(folder).values())
+    assert raised > 0 and state.done == EPISODES
+    assert not run(folder)[0].ran
+    workers, _ = run(folder, again=True)
+    assert len(workers.ran) == raised
+    check_counts(folder)
+
+
+def test_a_process_that_dies_stops_neither_the_others_nor_counts_as_failure(folder):
+    workers = FakeWorkers(dies=lambda cell, task, number: (cell.name, task, number) == ("naive_e40_d10", 3, 1))
+    with pytest.raises(A2C2Error, match="naive_e40_d10 task 3 died"):
+        run(folder, workers)
+    assert "naive_e40_d10" not in results(folder) and len(results(folder)) == 7
+    assert len(workers.ran) == EPISODES - 2
+    assert workers.alive == 0
+    assert len(run(folder)[0].ran) == 2
+    check_counts(folder)
+
+
+def test_processes_that_all_die_end_the_run(folder):
+    workers = FakeWorkers(dies=lambda *_: True)
+    with pytest.raises(A2C2Error, match="died"):
+        run(folder, workers)
+    assert not workers.ran
+    assert MAX_DEATHS <= len(workers.started) <= MAX_DEATHS + 1
+    assert not results(folder)
+
+
+SERVER = """
+import os, sys
+from a2c2_ros.evaluation.worker import serve
+
+def run(env, cell, number):
+    print("a library talks", file=sys.stderr)
+    if number == 1:
+        raise ValueError("one episode")
+    if number == 2:
+        os._exit(7)
+    return {"success": cell.method == "naive", "steps": env}
+
+serve(5, sys.stdin, sys.stdout, run)
+"""
+
+
+def test_a_worker_process_answers_records_exceptions_and_is_missed_when_it_dies(tmp_path):
+    worker = ProcessWorker([sys.executable, "-c", SERVER], tmp_path / "logs" / "w.log")
+    cell = Cell(label="x", method="naive", horizon=10, delay=0, policy="p")
+    assert worker.run(cell, 0) == {"error": None, "success": True, "steps": 5}
+    assert worker.run(cell, 1) == {"error": "ValueError: one episode"}
+    with pytest.raises(WorkerError, match="code 7"):
+        worker.run(cell, 2)
+    worker.close()
+    worker.close()
+    assert "a library talks" in (tmp_path / "logs" / "w.log").read_text()
+
+
+def test_splits_do_not_share_initial_states():
+    def cell(split, seed=0):
+        return Cell(label="x", method="expert", split=split, seed=seed)
+
+    assert [cell("test").placement(n) for n in (0, 49)] == [(0, 0), (49, 49)]
+    development = {cell("development", seed).placement(n) for seed in range(3) for n in range(50)}
+    assert len(development) == 150
+    assert {state for state, _ in development} == {None}
+    placements = np.array([seed for _, seed in development])
+    assert placements.min() >= DEVELOPMENT_SEEDS
+    assert Cell(label="x", method="expert", split="development", seed=cells.MAX_SEED).placement(49)[1] < 2**32
+    demonstrations = [
+        int(np.random.SeedSequence((0, task, episode, attempt)).generate_state(1)[0])
+        for task in range(10)
+        for episode in range(100)
+        for attempt in range(6)
+    ]
+    assert not np.isin(demonstrations, placements).any()
+
+
+def test_page_of_a_part_and_of_all(folder, capsys):
+    loaded = grid.load_grid(folder / "grid.yaml")
+    page = folder / "page.md"
+    page.write_text("# Mine\n\n<!-- begin grid -->\nold\n<!-- end grid -->\n\nWords after it.\n")
+    report.write(loaded)
+    text = page.read_text()
+    assert text.startswith("# Mine\n") and "Words after it." in text and "old" not in text
+    assert "| 40 | 10 | 64.4% | not run | 84.2% | not run | not run |" in text  # Table 1 beside nothing yet
+    assert "0 of 8 cells are complete." in text
+    assert not list(folder.glob("*.png"))
+    first = FakeWorkers()
+    run(folder, first, workers=1, stop=lambda: len(first.ran) >= 10)
+    report.write(loaded)
+    successes, episodes, _ = expected("", "naive", 40, 10, 3, folder)
+    assert f"| 40 | 10 | 64.4% | {report.percent(successes / episodes)} [" in page.read_text()
+    assert (folder / "page_static.png").stat().st_size > 10_000
+    run(folder)
+    report.write(loaded)
+    text = page.read_text()
+    assert "8 of 8 cells are complete." in text
+    assert "sync_e10_d0: the same method as naive_e10_d0" in text
+    report.write(loaded)
+    assert page.read_text() == text
+    assert "targets" not in capsys.readouterr().err
+
+
+def fake_result(folder, method, horizon, delay, successes):
+    cell = Cell(
+        label=method,
+        method=method,
+        horizon=horizon,
+        delay=delay,
+        policy=f"{folder}/policy",
+        head=f"{folder}/head.onnx" if method == "a2c2" else "",
+    )
+    record = {"error": None, "steps": 10, "seconds": 1.0, "inference_ms": [], "head_ms": [], "states": {}}
+    places = [{"task": task, "initial_state": n, "success": n < successes} for task in (0, 3) for n in range(10)]
+    result = cells.summarise(cell, cells.settings(cell), [0, 3], [record | place for place in places])
+    cells.write_result(folder / "results" / f"{cell.name}.json", result)
+
+
+def test_targets_are_met_missed_or_not_run(folder):
+    loaded = grid.load_grid(folder / "grid.yaml")
+    for method, e, d, successes in (
+        ("naive", 40, 10, 4),
+        ("a2c2", 40, 10, 9),
+        ("naive", 10, 0, 9),
+        ("a2c2", 10, 0, 3),
+    ):
+        fake_result(folder, method, e, d, successes)
+    found = {what: (text, met) for what, _, text, met in report.targets(report.Results(loaded, "test"))}
+    assert found["naive (10, 0)"] == ("90% [70, 97]", True)
+    assert found["a2c2 (40, 10)"][1] is True
+    assert found["a2c2 above naive (40, 10)"] == ("+50.0 (p = 0.002, n = 20)", True)
+    assert found["a2c2 above naive (50, 0)"] == ("not run", None)
+    assert found["recovery of a2c2 (plain recipe)"][0].startswith("1.00 [")
+    assert found["recovery of a2c2 (plain recipe)"][1] is True
+    assert found["recovery of a2c2 (best head)"][1] is False
+    assert found["a2c2 significantly below naive"] == ("2 of 3 cells, below at (10, 0)", False)
+    assert found["a2c2 on moving above naive (40, 10)"][1] is None
+
+
+def test_a_marker_without_its_end_is_refused():
+    with pytest.raises(A2C2Error, match="begin grid"):
+        report.fill("<!-- begin grid -->\n", {"grid": "x"})
+
+
+@pytest.mark.parametrize(("workers", "free_gb", "kept"), [(2, 100, 10), (2, 24, 5), (4, 8, 4), (16, 100, 16)])
+def test_simulators_are_kept_as_far_as_the_memory_allows(workers, free_gb, kept):
+    assert grid.default_processes(workers, 10, int(free_gb * 1e9)) == kept
+
+
+def test_command_line_lists_and_refuses(folder, capsys):
+    arguments = ["--grid", str(folder / "grid.yaml")]
+    assert grid.main([*arguments, "--list"]) == 0
+    assert "sync_e10_d0" in capsys.readouterr().out
+    assert not (folder / "runs").exists()
+    assert grid.main([*arguments, "--cells", "nothing*"]) == 2
+    assert "a2c2_e10_d0" in capsys.readouterr().err
+    assert grid.main(["--grid", str(folder / "absent.yaml")]) == 2
+    assert "absent.yaml" in capsys.readouterr().err
+
+
+def test_one_real_short_episode(tmp_path):
+    out = tmp_path / "r.json"
+    arguments = ["--method", "naive", "--horizon", "10", "--delay", "0", "--tasks", "0", "--episodes", "1"]
+    assert libero.main(["--out", str(out), *arguments, "--max-steps", "4", "--workers", "1"]) == 0
+    result = json.loads(out.read_text())
+    assert result["rollouts"] == [{"task": 0, "initial_state": 0, "success": False, "steps": 4, "error": None}]
+    assert result["states"] == {"BASE_ONLY": 4}
+    assert result["total"]["episodes"] == 1
