@@ -1,7 +1,6 @@
 """A correction head in ONNX Runtime, cut at the camera tokens so that images need not wait for the tick."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,6 @@ TOKENS_PREFIX = "tokens_"
 OUTPUT_NAME = "residual"
 KEPT_PER_CAMERA = 4
 """Prepared images that are kept: the tick may still use the one before while newer ones arrive."""
-AT_ONCE = nullcontext()
 
 ORT_ERRORS = (
     ort_errors.EngineError,
@@ -153,13 +151,7 @@ class OnnxHead:
         self._fusion = self._session(model, threads)
         self._fusion_inputs = tuple(node.name for node in self._fusion.get_inputs())
 
-    def prepare(
-        self,
-        camera: str,
-        image: np.ndarray,
-        language: np.ndarray,
-        computing: AbstractContextManager = AT_ONCE,
-    ) -> None:
+    def prepare(self, camera: str, image: np.ndarray, language: np.ndarray) -> None:
         """Compute a camera's tokens now, so that :meth:`correct` with this very image needs not.
 
         For one thread, at the same time as another corrects. Nothing happens if the file has no tokens of this camera.
@@ -168,7 +160,6 @@ class OnnxHead:
             camera: Name.
             image: (height, width, 3) uint8 RGB, the object that :meth:`correct` will get; it must not change any more.
             language: (L,) float32, the embedding that :meth:`correct` will get.
-            computing: Entered while the runtime computes, without the interpreter.
 
         Raises:
             ObservationError: If an array has another shape or dtype than the manifest says.
@@ -180,7 +171,7 @@ class OnnxHead:
         self._check(f"{IMAGE_PREFIX}{camera}", image)
         if encoder.uses_language:
             self._check("language", language)
-        entry = _Prepared(image, encoder.key(language), self._encode(camera, image, language, computing))
+        entry = _Prepared(image, encoder.key(language), self._encode(camera, image, language))
         encoder.prepared = (entry, *encoder.prepared[: KEPT_PER_CAMERA - 1])
 
     def correct(self, inputs: HeadInput) -> np.ndarray:
@@ -222,17 +213,14 @@ class OnnxHead:
         for entry in encoder.prepared:
             if entry.image is image and entry.language == key:
                 return entry.tokens
-        return self._encode(camera, image, language, AT_ONCE)
+        return self._encode(camera, image, language)
 
-    def _encode(
-        self, camera: str, image: np.ndarray, language: np.ndarray, computing: AbstractContextManager
-    ) -> np.ndarray:
+    def _encode(self, camera: str, image: np.ndarray, language: np.ndarray) -> np.ndarray:
         encoder = self._encoders[camera]
         feed = {f"{IMAGE_PREFIX}{camera}": image[None]}
         if encoder.uses_language:
             feed["language"] = language[None]
-        with computing:
-            return self._run(encoder.session, feed)
+        return self._run(encoder.session, feed)
 
     def _run(self, session: onnxruntime.InferenceSession, feed: Mapping[str, np.ndarray]) -> np.ndarray:
         try:

@@ -35,7 +35,7 @@ from a2c2_ros.msg import ControlStep as ControlStepMsg
 from a2c2_ros.msg import PlannerStatus
 from a2c2_ros.nodes.conversions import message_to_chunk, status_to_message, step_to_message, to_ns, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource
-from a2c2_ros.nodes.realtime import TickThread, Unhurried, become_normal, become_realtime
+from a2c2_ros.nodes.realtime import TickThread, become_normal, become_realtime
 from a2c2_ros.nodes.runtime import (
     EdgeLog,
     ManagedNode,
@@ -253,8 +253,7 @@ class CorrectionController(ManagedNode):
             language = self._language
             if language is None:
                 language = np.zeros(head.manifest.language_size, np.float32)
-            # An encoding may take more of a core than a real-time thread should.
-            head.prepare(camera, image, language, Unhurried(self._settings.value.realtime__priority - 1))
+            head.prepare(camera, image, language)
 
     # --- between the threads ------------------------------------------------------------------------------------
 

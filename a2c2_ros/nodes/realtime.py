@@ -40,23 +40,6 @@ def become_normal() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-class Unhurried:
-    """Context in which the calling thread has no real-time priority, for long work without the interpreter.
-
-    Args:
-        priority: SCHED_FIFO priority outside of it, 0 for none.
-    """
-
-    def __init__(self, priority: int) -> None:
-        self._priority = priority
-
-    def __enter__(self) -> None:
-        become_normal()
-
-    def __exit__(self, *_: object) -> None:
-        become_realtime(self._priority)
-
-
 class TickThread:
     """Calls a function at every deadline of a grid on the ROS clock, from a thread of its own.
 
@@ -184,8 +167,8 @@ class LatestWorker:
 
     Args:
         work: Called with key and item.
-        priority: SCHED_FIFO priority, 0 for none. A thread without one can be displaced by another process while it
-            holds the interpreter, and a tick would wait until that process has had its share.
+        priority: SCHED_FIFO priority, 0 for none. A tick that gives the interpreter to a thread waits until that thread
+            has taken it, and a thread without priority may have to wait for other processes first.
     """
 
     def __init__(self, work: Callable[[str, object], None], priority: int = 0) -> None:
