@@ -1,5 +1,6 @@
 """The threads of the control loop, on a clock that the test moves."""
 
+import os
 import queue
 import threading
 
@@ -137,6 +138,32 @@ def test_only_the_newest_item_of_each_key_is_worked_on():
     assert [done.get(timeout=WAIT_S) for _ in range(3)] == [("a", 1), ("a", 4), ("b", 5)]
     worker.stop()
     assert worker.dropped == 2
+
+
+def test_after_work_that_took_too_long_the_next_has_no_priority():
+    if not become_realtime_is_permitted():
+        pytest.skip("no permission for SCHED_FIFO")
+    done, clock_s = queue.Queue(), [0.0]
+
+    def work(key, duration_s):
+        done.put(os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK)
+        clock_s[0] += duration_s
+
+    worker = LatestWorker(work, priority=1, longest_s=0.01, now_s=lambda: clock_s[0])
+    seen = []
+    for duration_s in (0.009, 0.02, 0.001, 0.009):
+        worker.submit("a", duration_s)
+        seen.append(done.get(timeout=WAIT_S))
+    worker.stop()
+    assert seen == [os.SCHED_FIFO, os.SCHED_FIFO, os.SCHED_OTHER, os.SCHED_FIFO]
+
+
+def become_realtime_is_permitted() -> bool:
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(become_realtime(1)))
+    thread.start()
+    thread.join()
+    return answers[0].startswith("SCHED_FIFO")
 
 
 def test_real_time_scheduling_is_asked_for_and_its_absence_tolerated():

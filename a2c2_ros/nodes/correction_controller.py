@@ -49,6 +49,8 @@ from a2c2_ros.paths import model_path
 
 GIL_SWITCH_INTERVAL_S = 0.00003
 """After this time a tick takes the interpreter from a callback that is computing; Python's default is 5 ms."""
+PREPARATION_LONGEST_S = 0.01
+"""Two cameras at 30 Hz leave less than 17 ms per image."""
 DIAGNOSTICS_PERIOD_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 """How long ~/enable waits for the control loop."""
@@ -132,6 +134,7 @@ class CorrectionController(ManagedNode):
             lambda: self._settings.value.future_tolerance_ns,
             self._inputs,
             config.realtime__priority - 1,
+            PREPARATION_LONGEST_S,
         )
         self._chunk_subscription = self.create_subscription(
             ActionChunkMsg, "action_chunk", self._on_chunk, latched_qos(2), callback_group=self._inputs

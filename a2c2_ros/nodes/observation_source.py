@@ -1,5 +1,6 @@
 """Subscriptions of a robot profile's sensor topics into an observation buffer."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,7 @@ class ObservationSource:
         future_tolerance_ns: How far a stamp may lie in the future [ns]; not used in lockstep.
         callback_group: Of the subscriptions, None for the node's default.
         priority: SCHED_FIFO priority of the thread of ``prepare``, 0 for none.
+        longest_s: After a preparation that took longer [s] the next one has no priority.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ObservationSource:
         future_tolerance_ns: Callable[[], int] = lambda: round(FUTURE_TOLERANCE_S * 1e9),
         callback_group: CallbackGroup | None = None,
         priority: int = 0,
+        longest_s: float = math.inf,
     ) -> None:
         self._node = node
         self._lockstep = lockstep
@@ -59,7 +62,7 @@ class ObservationSource:
         self._log = log
         self._on_sample = on_sample
         self._prepare = prepare
-        self._worker = None if prepare is None else LatestWorker(self._prepare_and_put, priority)
+        self._worker = None if prepare is None else LatestWorker(self._prepare_and_put, priority, longest_s)
         self._buffer = ObservationBuffer(profile.robot.streams)
         self.received: Counter[str] = Counter()  # messages per stream, refused ones too
         self._qos = sensor_qos(lockstep)

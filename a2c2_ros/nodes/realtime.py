@@ -1,6 +1,7 @@
 """The threads of the control loop: a tick on absolute deadlines, and the preparation of images beside it."""
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -169,11 +170,22 @@ class LatestWorker:
         work: Called with key and item.
         priority: SCHED_FIFO priority, 0 for none. A tick that gives the interpreter to a thread waits until that thread
             has taken it, and a thread without priority may have to wait for other processes first.
+        longest_s: Work that took longer [s] costs the next item the priority: else the threads of DDS, which have none,
+            could not take messages.
+        now_s: A clock that only goes forward [s].
     """
 
-    def __init__(self, work: Callable[[str, object], None], priority: int = 0) -> None:
+    def __init__(
+        self,
+        work: Callable[[str, object], None],
+        priority: int = 0,
+        longest_s: float = math.inf,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._work = work
         self._priority = priority
+        self._longest_s = longest_s
+        self._now_s = now_s
         self._items: dict[str, object] = {}
         self._changed = threading.Condition()
         self._stopping = False
@@ -196,8 +208,12 @@ class LatestWorker:
         self._thread.join()
 
     def _run(self) -> None:
-        become_realtime(self._priority)
+        took_s = 0.0
         while True:
+            if took_s > self._longest_s:
+                become_normal()
+            else:
+                become_realtime(self._priority)
             with self._changed:
                 while not self._items and not self._stopping:
                     self._changed.wait()
@@ -205,4 +221,6 @@ class LatestWorker:
                     return
                 key = next(iter(self._items))
                 item = self._items.pop(key)
+            begun_s = self._now_s()
             self._work(key, item)
+            took_s = self._now_s() - begun_s
