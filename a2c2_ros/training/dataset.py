@@ -71,7 +71,6 @@ class Demonstrations:
         moves = np.array([name not in HELD_ACTIONS for name in self.action_names])
         return np.where(~inside[:, :, None] & moves, np.float32(0.0), actions), inside
 
-
     def undisturbed(self, indices: np.ndarray, horizon: int) -> np.ndarray:
         """(B, H) bool: nothing disturbed the expert between the given frame and the slot.
 
@@ -136,7 +135,7 @@ def load_demonstrations(root: str | Path, cameras: Sequence[str] | None = None) 
         raise ConfigError(f"{root} has no LeRobotDataset: meta/info.json is missing")
     source = LeRobotDataset(f"local/{root.name}", root=root)
     available = [key.removeprefix(IMAGE_PREFIX) for key in source.meta.video_keys]
-    cameras = list(cameras or available)
+    cameras = available if cameras is None else list(cameras)
     missing = [f"{IMAGE_PREFIX}{name}" for name in cameras if name not in available]
     missing += [key for key in ("observation.state", "action") if key not in source.features]
     if missing:

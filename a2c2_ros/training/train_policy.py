@@ -39,14 +39,18 @@ def main() -> None:
     parser.add_argument("--holdout", type=float, default=0.05, help="fraction of the episodes for validation")
     parser.add_argument("--horizon", type=int, default=50, help="slots of a chunk")
     parser.add_argument("--action-space", default="osc_pose_delta", help="meaning of the actions")
+    parser.add_argument("--without-images", action="store_true", help="control: from state and instruction alone")
     LoopConfig.add_arguments(parser, learning_rate=1e-3, schedule="cosine", weight_decay=1e-4)
     arguments = parser.parse_args()
     data = load_demonstrations(arguments.data)
+    image_size = next(iter(data.frames.values())).shape[1]
+    if arguments.without_images:
+        data = dataclasses.replace(data, frames={})
     config = FlowConfig(
         action_names=data.action_names,
         state_names=data.state_names,
         cameras=tuple(data.frames),
-        image_size=next(iter(data.frames.values())).shape[1],
+        image_size=image_size,
         step_ns=data.step_ns,
         action_space=arguments.action_space,
         horizon=arguments.horizon,

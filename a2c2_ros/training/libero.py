@@ -1,0 +1,175 @@
+"""Make every policy and head of the LIBERO tables, one after the other: ``python -m a2c2_ros.training.libero``.
+
+A YAML file says what. What is there already is kept, and every step continues after a kill.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.paths import share_directory
+
+PLAN_FILE = "libero_training.yaml"
+SECTIONS = ("data", "models", "demonstrations", "policies", "heads", "visited")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command and what it makes."""
+
+    name: str
+    command: tuple[str, ...]  # module of this package and its arguments
+    product: Path | None = None  # exists when the step is done; None: the command itself sees what is missing
+
+
+def options(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """A command line: ``true`` is a bare option, ``false`` none, a list several values."""
+    found: list[str] = []
+    for name, value in values.items():
+        if value is False:
+            continue
+        found.append(f"--{name}")
+        if value is not True:
+            found += map(str, value if isinstance(value, list) else [value])
+    return tuple(found)
+
+
+def load_plan(path: Path) -> dict[str, Any]:
+    """Read the YAML file.
+
+    Raises:
+        ConfigError: Naming the file and what is wrong in it.
+    """
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(plan, dict) or sorted(plan) != sorted(SECTIONS):
+        raise ConfigError(f"{path} has the sections {sorted(plan or [])}, needed are {sorted(SECTIONS)}")
+    for section in ("policies", "heads", "visited"):
+        for name, values in plan[section].items():
+            for key, there in (("policy", "policies"), ("head", "heads")):
+                if isinstance(values.get(key), str) and values[key] not in plan[there]:
+                    raise ConfigError(f"{path}: {name} has the {key} {values[key]!r}, there are {list(plan[there])}")
+            if missing := set(values.get("visited", ())) - set(plan["visited"]):
+                raise ConfigError(f"{path}: {name} has visited {sorted(missing)}, there are {list(plan['visited'])}")
+    return plan
+
+
+def steps(plan: Mapping[str, Any], workers: int) -> Iterator[Step]:
+    """All steps, each after those that it needs.
+
+    Args:
+        plan: Of :func:`load_plan`.
+        workers: Threads or processes of each.
+    """
+    data, models = Path(plan["data"]), Path(plan["models"])
+    default_policy = next(iter(plan["policies"]))
+    begun: set[str] = set()
+
+    def step(name: str, module: str, product: Path | None, **given: Any) -> Step:
+        return Step(name, (module, *options({key.replace("_", "-"): value for key, value in given.items()})), product)
+
+    def visited(name: str) -> Iterator[Step]:
+        values = dict(plan["visited"][name])
+        head = values.pop("head")
+        yield from trained(head)
+        yield step(
+            name,
+            "training.on_policy",
+            data.parent / name / "meta" / "info.json",
+            policy=models / plan["heads"][head].get("policy", default_policy),
+            head=models / head / "head.onnx",
+            out=data.parent / name,
+            workers=workers,
+            **values,
+        )
+
+    def trained(name: str) -> Iterator[Step]:
+        if name in begun:
+            return
+        begun.add(name)
+        values, folder = dict(plan["heads"][name]), models / name
+        policy, others = models / values.pop("policy", default_policy), values.pop("visited", [])
+        for other in others:
+            yield from visited(other)
+        yield step(
+            name,
+            "training.train_head",
+            folder / "training.json",
+            data=[data, *(data.parent / other for other in others)],
+            policy=policy,
+            out=folder,
+            # Batch statistics cannot be shared by threads.
+            workers=1 if values.get("architecture") == "transformer" else workers,
+            **values,
+        )
+        product = folder / "head.onnx"
+        head = folder / "head.safetensors"
+        yield step(f"{name}: export", "heads.export", product, data=data, head=head, out=product)
+
+    yield step(
+        "demonstrations",
+        "training.demonstrations",
+        data / "meta" / "info.json",
+        out=data,
+        workers=workers,
+        **plan["demonstrations"],
+    )
+    for name, values in plan["policies"].items():
+        folder = models / name
+        yield step(
+            name, "training.train_policy", folder / "training.json", data=data, out=folder, workers=workers, **values
+        )
+        yield step(f"{name}: chunks", "training.cache_chunks", None, data=data, policy=folder, workers=workers, views=1)
+    for name in plan["heads"]:
+        yield from trained(name)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m a2c2_ros.training.libero",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--plan", type=Path, help=f"YAML file; default: the package's config/{PLAN_FILE}")
+    p.add_argument("--only", nargs="+", metavar="PATTERN", help="only the steps of these names, for example 'no_*'")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="threads or processes of each step")
+    p.add_argument("--list", action="store_true", help="print the commands, and which are done")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code of the step that failed, else 0."""
+    args = parser().parse_args(argv)
+    try:
+        plan = load_plan(args.plan or share_directory() / "config" / PLAN_FILE)
+    except A2C2Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for step in steps(plan, args.workers):
+        if args.only and not any(fnmatchcase(step.name, pattern) for pattern in args.only):
+            continue
+        done = step.product is not None and step.product.exists()
+        command = [sys.executable, "-m", f"a2c2_ros.{step.command[0]}", *step.command[1:]]
+        if args.list or not done:
+            print(f"{'done   ' if done else ''}{step.name}: {shlex.join(command[1:])}", flush=True)
+        if not args.list and not done and (code := subprocess.run(command).returncode):
+            print(f"error: {step.name} ended with {code}; the same command continues", file=sys.stderr)
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
