@@ -29,6 +29,7 @@ from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
 
 from a2c2_ros.benchmark import arm
+from a2c2_ros.benchmark.load import READY
 from a2c2_ros.core.features import time_feature
 from a2c2_ros.heads.base import Head, load_head
 from a2c2_ros.msg import ActionChunk
@@ -166,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     executor = EXECUTORS[args.executor]()
     executor.add_node(node)
     with contextlib.suppress(KeyboardInterrupt):
+        print(READY, flush=True)
         executor.spin()
     args.out.write_text(json.dumps(node.record()), encoding="utf-8")
     executor.shutdown(timeout_sec=1.0)

@@ -7,6 +7,7 @@ and a head trained on the first view alone would see too small errors.
 
 import argparse
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,16 +24,21 @@ BLOCK_FRAMES = 1024
 BATCH_FRAMES = 64
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, required=True, help="LeRobotDataset")
+    p.add_argument("--policy", type=Path, required=True, help="policy folder")
+    p.add_argument("--views", type=int, default=3, help="one clean, the others augmented (default 3)")
+    p.add_argument("--seed", type=int, default=0, help="of the augmentation and the sampling noise (default 0)")
+    p.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    p.add_argument("--workers", type=int, default=1, help="threads, one core each (default 1)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="LeRobotDataset")
-    parser.add_argument("--policy", type=Path, required=True, help="policy folder")
-    parser.add_argument("--views", type=int, default=3, help="one clean, the others augmented (default 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the augmentation and the sampling noise (default 0)")
-    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
-    parser.add_argument("--workers", type=int, default=1, help="threads, one core each (default 1)")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args(argv)
     network = load_network(arguments.policy).to(arguments.device)
     data = load_demonstrations(arguments.data, network.config.cameras)
     print(cache_chunks(data, network, arguments.data, arguments.views, arguments.seed, arguments.workers))

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +32,22 @@ DEPARTURES = (
 )
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--data", type=Path, required=True, help="LeRobotDataset")
+    p.add_argument("--out", type=Path, required=True, help="policy folder; its name is the first part of the id")
+    p.add_argument("--holdout", type=float, default=0.05, help="fraction of the episodes for validation")
+    p.add_argument("--horizon", type=int, default=50, help="slots of a chunk")
+    p.add_argument("--action-space", default="osc_pose_delta", help="meaning of the actions")
+    p.add_argument("--without-images", action="store_true", help="control: from state and instruction alone")
+    LoopConfig.add_arguments(p, learning_rate=1e-3, schedule="cosine", weight_decay=1e-4)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="LeRobotDataset")
-    parser.add_argument("--out", type=Path, required=True, help="policy folder; its name is the first part of the id")
-    parser.add_argument("--holdout", type=float, default=0.05, help="fraction of the episodes for validation")
-    parser.add_argument("--horizon", type=int, default=50, help="slots of a chunk")
-    parser.add_argument("--action-space", default="osc_pose_delta", help="meaning of the actions")
-    parser.add_argument("--without-images", action="store_true", help="control: from state and instruction alone")
-    LoopConfig.add_arguments(parser, learning_rate=1e-3, schedule="cosine", weight_decay=1e-4)
-    arguments = parser.parse_args()
+    arguments = parser().parse_args(argv)
     data = load_demonstrations(arguments.data)
     image_size = next(iter(data.frames.values())).shape[1]
     if arguments.without_images:

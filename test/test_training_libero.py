@@ -1,0 +1,140 @@
+"""The plan of all trainings: order, commands, what is done and what is not."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+import yaml
+
+from a2c2_ros.core.errors import ConfigError
+from a2c2_ros.evaluation.grid import default_grid, load_grid
+from a2c2_ros.paths import share_directory
+from a2c2_ros.training import cache_chunks, demonstrations, libero, on_policy, train_head, train_policy
+
+PLAN = {
+    "data": "data/demos",
+    "models": "models",
+    "demonstrations": {"episodes-per-task": 2},
+    "policies": {"base": {"steps": 1}, "other": {"steps": 1, "without-images": True, "bfloat16": False}},
+    "heads": {
+        "late": {"steps": 1, "visited": ["seen"], "slots": [2, 5]},
+        "first": {"steps": 1, "policy": "other"},
+        "big": {"steps": 1, "architecture": "transformer"},
+    },
+    "visited": {"seen": {"head": "first", "e": 4, "d": 1}},
+}
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    def write(**changes):
+        path = tmp_path / "plan.yaml"
+        path.write_text(yaml.safe_dump(PLAN | changes, sort_keys=False))
+        return path
+
+    return write
+
+
+def test_every_step_comes_after_those_that_it_needs():
+    names = [step.name for step in libero.steps(PLAN, 2)]
+    assert names == [
+        "demonstrations",
+        *("base", "base: chunks", "other", "other: chunks"),
+        *("first", "first: export", "seen", "late", "late: export"),
+        *("big", "big: export"),
+    ]
+
+
+def test_commands_name_data_policy_and_options():
+    commands = {step.name: " ".join(step.command) for step in libero.steps(PLAN, 2)}
+    assert commands["other"] == (
+        "training.train_policy --data data/demos --out models/other --workers 2 --steps 1 --without-images"
+    )
+    assert commands["late"] == (
+        "training.train_head --data data/demos data/seen --policy models/base --out models/late --workers 2 --steps 1 "
+        "--slots 2 5"
+    )
+    assert "--policy models/other --head models/first/head.onnx --out data/seen" in commands["seen"]
+    assert "--workers 1" in commands["big"]
+
+
+def test_what_exists_is_kept_and_a_failure_ends_the_run(plan_file, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    products = {step.command: step.product for step in libero.steps(PLAN, 2)}
+    ran, failing = [], {"other"}
+
+    def run(command):
+        module = tuple([command[2].removeprefix("a2c2_ros."), *command[3:]])
+        product = products[module]
+        ran.append(product)
+        if product and product.parent.name in failing:
+            return subprocess.CompletedProcess(command, 3)
+        if product:
+            product.parent.mkdir(parents=True, exist_ok=True)
+            product.touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(libero.subprocess, "run", run)
+    arguments = ["--plan", str(plan_file()), "--workers", "2"]
+    assert libero.main(arguments) == 3
+    assert ran == [Path("data/demos/meta/info.json"), Path("models/base/training.json"), None, products_of("other")]
+    assert "other ended with 3" in capsys.readouterr().err
+
+    ran.clear()
+    failing.clear()
+    assert libero.main(arguments) == 0
+    assert Path("data/demos/meta/info.json") not in ran and products_of("base") not in ran
+    assert Path("models/late/head.onnx").exists()
+
+    ran.clear()
+    assert libero.main([*arguments, "--only", "first*"]) == 0
+    assert ran == []
+    assert libero.main([*arguments, "--list"]) == 0
+    assert ran == [] and "done   late: export" in capsys.readouterr().out
+
+
+def products_of(name: str) -> Path:
+    return Path("models") / name / "training.json"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": {"a": {"policy": "none"}}}, "a has the policy 'none'"),
+        ({"heads": {"a": {"visited": ["none"]}}}, r"a has visited \['none'\]"),
+        ({"visited": {"seen": {"head": "none"}}}, "seen has the head 'none'"),
+        ({"more": {}}, "needed are"),
+    ],
+)
+def test_a_plan_that_names_what_is_not_there_is_refused(plan_file, changes, message):
+    path = plan_file(**changes)
+    with pytest.raises(ConfigError, match=message):
+        libero.load_plan(path)
+    assert libero.main(["--plan", str(path)]) == 2
+
+
+def test_the_shipped_plan_is_accepted_by_the_commands():
+    parsers = {
+        "training.demonstrations": demonstrations.parser,
+        "training.train_policy": train_policy.parser,
+        "training.cache_chunks": cache_chunks.parser,
+        "training.train_head": train_head.parser,
+        "training.on_policy": on_policy.parser,
+    }
+    plan = libero.load_plan(share_directory() / "config" / libero.PLAN_FILE)
+    for step in libero.steps(plan, 2):
+        module, *arguments = step.command
+        if module in parsers:
+            parsers[module]().parse_args(arguments)
+
+
+def test_the_shipped_grid_has_no_weights_that_nobody_trains():
+    plan = libero.load_plan(share_directory() / "config" / libero.PLAN_FILE)
+    grid = load_grid(default_grid())
+    trained = {**plan["policies"], **plan["heads"]}
+    for row in grid.rows:
+        for path in filter(None, (row.policy, row.head)):
+            assert Path(path.removesuffix("/head.onnx")).name in trained, row.label
