@@ -1,5 +1,6 @@
 """Shared pieces of the tests."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from a2c2_ros.core.robot import Robot
 from a2c2_ros.core.safety import HoldPolicy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children
 
 STEP_NS = 50_000_000
 NAMES = ("x", "y", "gripper")
