@@ -24,6 +24,9 @@ faults: setup ## Try every fault on the real nodes and 10,000 at random on the c
 libero: setup ## Success rates on LIBERO, the (e, d) grid (a day; QUICK=1: a part, 15 minutes): docs/libero.md
 	@. tools/env.sh; exec python -m a2c2_ros.evaluation.grid $(if $(QUICK),--quick) $(ARGS)
 
+train: setup ## Train every policy and head of the LIBERO tables (hours; ARGS=--list shows the steps): runs/models
+	@. tools/env.sh; exec python -m a2c2_ros.training.libero $(ARGS)
+
 lint: setup ## Check the style
 	@. tools/env.sh; ruff check
 
@@ -34,4 +37,4 @@ lock: ## Resolve requirements*.in into the lock files (UPGRADE=1: newest version
 clean: ## Remove what was built; the virtual environment and runs/ stay
 	rm -rf build install log .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup sim test bench faults libero lint lock clean
+.PHONY: help setup sim test bench faults libero train lint lock clean

@@ -178,3 +178,15 @@ def test_the_plate_moves_where_there_is_room(env, monkeypatch, kind):
 def test_unknown_motion():
     with pytest.raises(SimulationError, match="'roll'.*'none', 'drift', 'push'"):
         LiberoEnv(0, motion="roll")
+    with pytest.raises(SimulationError, match="suite is 'libero_90'"):
+        LiberoEnv(0, suite="libero_90")
+
+
+def test_in_the_swap_suite_two_objects_have_changed_places():
+    plate, bowl, places = conventions.PLATE, conventions.TARGET_BOWL, []
+    for suite in (conventions.SUITE, conventions.SWAP_SUITE):
+        with LiberoEnv(0, render=False, suite=suite) as env:
+            env.reset(0, 0)
+            places.append({name: env.object_pose(name)[:2] for name in (plate, "cookies_1", bowl)})
+    for name, other in ((plate, "cookies_1"), ("cookies_1", plate), (bowl, bowl)):
+        assert np.linalg.norm(places[1][name] - places[0][other]) < 0.06

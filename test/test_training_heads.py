@@ -641,3 +641,23 @@ def test_labeller_takes_over_a_grasp_of_the_loop(on_policy):
     # While the bowl still stands the label may be anything; once it hangs, it is to hold and carry it.
     assert all(label[6] == 1.0 for label in labels[8:-1])
     assert np.abs([label[5] for label in labels[8:-1]]).mean() < 0.2  # and not to turn to another grasp
+
+
+def test_labeller_takes_the_bowl_where_the_loop_came_down(on_policy):
+    from a2c2_ros.sim import conventions
+    from a2c2_ros.sim.expert import RIM_HEIGHT_M
+    from a2c2_ros.sim.libero_env import LiberoEnv
+
+    with LiberoEnv(0, render=False) as env:
+        observation = env.reset(None, 1)
+        labeller = on_policy.Labeller(env)
+        bowl = env.object_pose(conventions.TARGET_BOWL)
+        own = labeller._grip_point(bowl)
+        opposite = 2.0 * bowl[:3] - own
+        for height, stays in ((RIM_HEIGHT_M + 0.1, True), (RIM_HEIGHT_M, False)):
+            opposite[2] = bowl[2] + height
+            for _ in range(2):
+                labeller.act(observation | {"ee_pose": np.r_[opposite, observation["ee_pose"][3:]]})
+            chosen = labeller._grip_point(bowl)
+            assert np.allclose(chosen, own) == stays
+        assert np.linalg.norm(chosen[:2] - opposite[:2]) < 0.04

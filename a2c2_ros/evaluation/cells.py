@@ -28,8 +28,9 @@ from a2c2_ros.sim import conventions
 EXPERT = "expert"
 """The scripted expert with its privileged state: an upper reference, without policy, e and d."""
 METHOD_NAMES = (EXPERT, *METHODS)
-STATIC = "static"
-"""Variant in which nothing moves but the robot; any other name is a motion of ``sim.libero_env``."""
+STATIC, SWAP = "static", "swap"
+"""Variants in which nothing moves but the robot: LIBERO's own placements, and those of LIBERO-PRO with two objects in
+each other's place. Any other name is a motion of ``sim.libero_env``."""
 SPLITS = ("test", "development")
 """Test: the official initial states. Development: sampled placements, to choose by. Demonstrations have others."""
 DEVELOPMENT_SEEDS = 2**31

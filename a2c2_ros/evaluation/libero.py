@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tasks", default="0-9", help="task numbers, e.g. 0-3,7")
     p.add_argument("--episodes", type=int, default=10, help="initial states per task, from 0")
     p.add_argument("--split", choices=SPLITS, default="test", help="initial states: official, or sampled to choose by")
-    p.add_argument("--variant", default=STATIC, help="static, or a motion of the simulator")
+    p.add_argument("--variant", default=STATIC, help="static, swap, or a motion of the simulator")
     p.add_argument("--horizon", type=int, default=40, help="execution horizon e [steps]")
     p.add_argument("--delay", type=int, default=10, help="injected inference delay d [steps]")
     p.add_argument("--jitter", type=int, default=0, help="the delay varies by up to this many steps, seeded")

@@ -68,9 +68,11 @@ class Results:
         return self._found.get(self.name(row, None if row.method == EXPERT else pair))
 
     def absent(self, row: Row | None, pair: Pair) -> str:
-        """What a table says of a cell without a result."""
-        if row is None or not (row.method == EXPERT or pair in (row.pairs or self.grid.pairs)):
+        """What a table says of a cell without a result; nothing of one that is not in the grid."""
+        if row is None:
             return NOT_RUN
+        if not (row.method == EXPERT or pair in (row.pairs or self.grid.pairs)):
+            return ""
         name = make_cell(self.grid, row, pair, self.split).name
         return LEFT_OUT if name in self._reasons and not self._reasons[name].same_as else NOT_RUN
 
@@ -151,13 +153,10 @@ def paper_table(results: Results, pairs: Mapping[Pair, Mapping[str, float]]) -> 
     return table(heading, rows)
 
 
-def grid_table(results: Results, variant: str) -> str:
-    """All rows of a variant, a column per pair; a sign says where a row differs significantly from its baseline."""
-    pairs = results.grid.all_pairs(variant)
-    rows = []
-    for row in results.grid.rows:
-        if row.variant != variant:
-            continue
+def grid_table(results: Results, rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
+    """Rows over pairs; a sign says where a row differs significantly from its baseline."""
+    lines = []
+    for row in rows:
         line = [row.label]
         for pair in pairs:
             found = results.get(row, pair)
@@ -170,13 +169,22 @@ def grid_table(results: Results, variant: str) -> str:
             line.append(text)
         if row.method == EXPERT:
             line[2:] = [""] * (len(pairs) - 1)
-        rows.append(line)
-    return table(["", *(f"({e}, {d})" for e, d in pairs)], rows)
+        lines.append(line)
+    return table(["", *(f"({e}, {d})" for e, d in pairs)], lines)
 
 
 def grid_section(results: Results) -> str:
-    """The grid tables of all variants with their key."""
-    parts = [f"**{variant}**\n\n{grid_table(results, variant)}" for variant in results.grid.variants]
+    """Per variant the rows of the whole grid, then those that have pairs of their own beside the headline; the key."""
+    grid, parts = results.grid, []
+    for variant in grid.variants:
+        rows = [row for row in grid.rows if row.variant == variant]
+        whole, some = [row for row in rows if not row.pairs], [row for row in rows if row.pairs]
+        if whole:
+            parts.append(f"**{variant}**\n\n{grid_table(results, whole, grid.pairs)}")
+        if some:
+            beside = [row for row in whole if row.method in ("naive", "a2c2")]
+            pairs = list(dict.fromkeys(pair for row in some for pair in row.pairs))
+            parts.append(f"**{variant}, controls and further heads**\n\n{grid_table(results, [*beside, *some], pairs)}")
     key = (
         f"Columns are (e, d). In brackets the 95% Wilson interval. ▲ and ▼: above and below the row's baseline on the "
         f"same initial states, exact McNemar test, p < {SIGNIFICANCE}, not adjusted for the number of cells. "

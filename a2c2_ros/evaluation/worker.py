@@ -21,8 +21,9 @@ from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.evaluation.cells import EXPERT, STATIC, Cell
+from a2c2_ros.evaluation.cells import EXPERT, STATIC, SWAP, Cell
 from a2c2_ros.paths import model_path
+from a2c2_ros.sim import conventions
 
 MODELS_KEPT = 2
 """Policies, and heads, that stay loaded; a row usually runs for several cells."""
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m a2c2_ros.evaluation.worker", description=__doc__)
     parser.add_argument("--task", type=int, required=True, help="task number")
-    parser.add_argument("--variant", default=STATIC, help="static, or a motion of the simulator")
+    parser.add_argument("--variant", default=STATIC, help="static, swap, or a motion of the simulator")
     args = parser.parse_args(argv)
     # Whatever a library prints must not come between the replies.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -160,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from a2c2_ros.sim.libero_env import LiberoEnv
 
     try:
-        with LiberoEnv(args.task, **({} if args.variant == STATIC else {"motion": args.variant})) as env:
+        known = {STATIC: {}, SWAP: {"suite": conventions.SWAP_SUITE}}
+        with LiberoEnv(args.task, **known.get(args.variant, {"motion": args.variant})) as env:
             serve(env, sys.stdin, replies)
     except A2C2Error as error:
         print(f"error: {error}", file=sys.stderr)

@@ -239,9 +239,19 @@ class Expert:
             points = _gripper_points(yaw) + rim - (0.0, 0.0, GRIP_DEPTH_M)
             shortage = max(0.0, CLEARANCE_M - _clearance(points, *boxes))
             reach = float(np.linalg.norm(rim[:2] - BASE_XY_M))
-            costs.append(100.0 * shortage + 20.0 * max(0.0, reach - REACH_M) + 0.3 * abs(yaw) + 0.5 * reach)
+            costs.append(
+                100.0 * shortage
+                + 20.0 * max(0.0, reach - REACH_M)
+                + 0.3 * abs(yaw)
+                + 0.5 * reach
+                + self._rim_preference(rim)
+            )
         best = int(np.argmin(costs))
         self._rim_angle, self._yaw = float(angles[best]), float(yaws[best])
+
+    def _rim_preference(self, rim: np.ndarray) -> float:
+        """Further cost of a point (3,) [m] of the rim."""
+        return 0.0
 
 
 def _funnel(position: np.ndarray, target: np.ndarray) -> np.ndarray:

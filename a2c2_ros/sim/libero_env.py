@@ -50,9 +50,10 @@ class LiberoEnv:
         render: False leaves the images out and makes a step several times cheaper.
         full_meshes: True draws LIBERO's meshes as they are, four times slower; see ``sim.meshes``.
         motion: One of ``conventions.MOTIONS``.
+        suite: ``conventions.SUITE`` or ``SWAP_SUITE``.
 
     Raises:
-        SimulationError: If there is no such task or motion, or the renderer cannot be made.
+        SimulationError: If there is no such task, motion or suite, or the renderer cannot be made.
     """
 
     def __init__(
@@ -63,16 +64,19 @@ class LiberoEnv:
         render: bool = True,
         full_meshes: bool = False,
         motion: str = "none",
+        suite: str = c.SUITE,
     ):
         if isinstance(task, bool) or not isinstance(task, (int, np.integer)) or task not in c.TASKS:
             raise SimulationError(f"unknown task {task!r} of {c.SUITE}, allowed are the integers 0 to {c.TASKS[-1]}")
         if motion not in c.MOTIONS:
             raise SimulationError(f"motion is {motion!r}, allowed are {c.MOTIONS}")
+        if suite not in (c.SUITE, c.SWAP_SUITE):
+            raise SimulationError(f"suite is {suite!r}, allowed are {c.SUITE!r} and {c.SWAP_SUITE!r}")
         self.task = int(task)
         self.motion = motion
         self.image_size = int(image_size)
         with contextlib.redirect_stdout(io.StringIO()):
-            benchmark = get_benchmark(c.SUITE)(0)
+            benchmark = get_benchmark(suite)(0)
         self._initial_states = benchmark.get_task_init_states(self.task)
         self.instruction = benchmark.get_task(self.task).language
         self.n_initial_states = len(self._initial_states)

@@ -30,7 +30,7 @@ from a2c2_ros.jobs import run_jobs
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.base import ChunkPolicy, Continuation, PolicyOutput
 from a2c2_ros.sim import conventions
-from a2c2_ros.sim.expert import CLOSE_STEPS, Expert, Phase
+from a2c2_ros.sim.expert import CLOSE_STEPS, RIM_HEIGHT_M, Expert, Phase
 from a2c2_ros.training.demonstrations import BLOCK, FEATURES, assemble, part_path
 from a2c2_ros.training.joining import EXECUTED_FOLDER
 
@@ -40,6 +40,9 @@ HELD_HEIGHT_M = 0.015
 """A bowl that is this much above where it stood hangs in the gripper, if it is near."""
 HELD_DISTANCE_M = 0.09
 """Between the gripper's centre and the origin of a bowl that it holds by the rim: about 0.06 m."""
+AT_BOWL_M, AT_BOWL_HEIGHT_M = 0.09, 0.02
+"""A gripper this near to the bowl's axis, and not further above its rim, has come down to where it will take it."""
+RIM_COST_PER_M = 30.0
 FALLEN_M = 0.05
 """A bowl this far below the plate fell off the table."""
 MIN_UPRIGHT = 0.5
@@ -51,13 +54,14 @@ class Labeller(Expert):
     """The expert beside a loop that acts by itself.
 
     The expert knows its own grasp only. One that the loop made is taken over, or the label would be to let go of the
-    bowl.
+    bowl; and where the loop has come down to another part of the rim, the bowl is to be taken there.
 
     Args:
         env: The environment, after ``reset``.
     """
 
     def __init__(self, env) -> None:
+        self._at_bowl = False
         super().__init__(env)
         self._rest_z = float(env.object_pose(conventions.TARGET_BOWL)[2])
 
@@ -67,6 +71,9 @@ class Labeller(Expert):
         bowl, plate = (self._env.object_pose(name) for name in (conventions.TARGET_BOWL, conventions.PLATE))
         x, y = bowl[3:5]
         return bool(bowl[2] < plate[2] - FALLEN_M or 1.0 - 2.0 * (x * x + y * y) < MIN_UPRIGHT)
+
+    def _rim_preference(self, rim: np.ndarray) -> float:
+        return RIM_COST_PER_M * float(np.linalg.norm(rim - self._last_position)) if self._at_bowl else 0.0
 
     def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """As :meth:`Expert.act`."""
@@ -78,6 +85,13 @@ class Labeller(Expert):
             self._yaw = float(2.0 * np.arctan2(orientation[1], orientation[0]))  # it stays as it was taken
             self._enter(Phase.CLOSE)
             self._steps = CLOSE_STEPS
+        self._at_bowl = (
+            self._last_position is not None
+            and position[2] - bowl[2] < RIM_HEIGHT_M + AT_BOWL_HEIGHT_M
+            and float(np.linalg.norm(position[:2] - bowl[:2])) < AT_BOWL_M
+        )
+        if self._at_bowl and self.phase is Phase.APPROACH:
+            self._choose_rim()
         return super().act(observation)
 
 
