@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -62,6 +62,18 @@ class Continuation:
         if not len(request.known):
             return None
         return cls(request.known, min(request.delay_steps, len(request.known)), request.chunking)
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyOptions:
+    """What a policy may have to know beside its path; each kind reads what it needs."""
+
+    device: str = "cpu"  # where it runs, a torch device
+    dtype: str = "float32"  # of its weights
+    threads: int | None = None  # CPU threads, for the whole process; None leaves them
+    robot: Robot | None = None  # names of cameras, state and action, for policies whose files do not tell
+    camera_shapes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)  # of the robot's cameras
+    mapping: Mapping[str, Any] = field(default_factory=dict)  # content of the policy's YAML file, empty without one
 
 
 class ChunkPolicy(Protocol):
