@@ -431,6 +431,7 @@ def test_one_real_short_episode(tmp_path):
     arguments = ["--method", "naive", "--horizon", "10", "--delay", "0", "--tasks", "0", "--episodes", "1"]
     assert libero.main(["--out", str(out), *arguments, "--max-steps", "4", "--workers", "1"]) == 0
     result = json.loads(out.read_text())
-    assert result["rollouts"] == [{"task": 0, "initial_state": 0, "success": False, "steps": 4, "error": None}]
+    rollout = {"task": 0, "initial_state": 0, "success": False, "steps": 4, "failure": "never lifted", "error": None}
+    assert result["rollouts"] == [rollout] and result["failures"] == {"never lifted": 1}
     assert result["states"] == {"BASE_ONLY": 4}
     assert result["total"]["episodes"] == 1

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ MAX_SEED = 1_000_000
 EPISODE_VERSION = 1
 """Raised when the meaning of an episode changes, so that older ones are not continued."""
 SETTINGS_FILE = "settings.json"
+ROLLOUT_FIELDS = ("task", "initial_state", "success", "steps", "failure", "error")
 
 
 @dataclass(frozen=True)
@@ -286,10 +288,11 @@ def summarise(
         "inference_ms": percentiles("inference_ms"),
         "head_ms": percentiles("head_ms"),
         "states": states,
+        "failures": dict(Counter(e["failure"] for e in valid if e.get("failure"))),
         "speed": _speed(valid),
         "machine": provenance.machine(),
         "versions": provenance.versions(),
-        "rollouts": [{k: e.get(k) for k in ("task", "initial_state", "success", "steps", "error")} for e in episodes],
+        "rollouts": [{k: e.get(k) for k in ROLLOUT_FIELDS} for e in episodes],
     }
 
 

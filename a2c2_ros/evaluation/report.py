@@ -13,6 +13,7 @@ from typing import Any
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.evaluation import paper
 from a2c2_ros.evaluation.cells import EXPERT, SPLITS, STATIC, Cell, differing, outcomes, settings
+from a2c2_ros.evaluation.failures import FAILURES
 from a2c2_ros.evaluation.grid import Grid, LeftOut, Pair, Row, default_grid, load_grid, make_cell, plan
 from a2c2_ros.evaluation.plots import Curve, plot
 from a2c2_ros.evaluation.statistics import SIGNIFICANCE, Difference, Recovery, difference, recovery
@@ -210,6 +211,19 @@ def task_table(results: Results) -> str:
     return table(["row", "e", "d", *(f"task {task}" for task in grid.tasks)], lines)
 
 
+def failure_table(results: Results) -> str:
+    """How the failures of every cell look."""
+    lines = []
+    for result in results.all():
+        failures = result.get("failures")
+        if failures:
+            where = "" if result["method"] == EXPERT else f"({result['horizon']}, {result['delay']})"
+            counts = [str(failures.get(name, 0)) for name in FAILURES]
+            lines.append([result["label"], result["variant"], where, str(result["total"]["episodes"]), *counts])
+    key = "; ".join(f"*{name}*: {what}" for name, what in FAILURES.items())
+    return f"{table(['row', 'variant', '(e, d)', 'episodes', *FAILURES], lines)}\n\n{key}." if lines else f"{NOT_RUN}."
+
+
 def targets(results: Results) -> list[tuple[str, str, str, bool | None]]:
     """What was promised: (what, target, measured, met), met None where it was not run."""
     grid, head = results.grid, results.grid.headline
@@ -357,6 +371,7 @@ def sections(results: Results) -> dict[str, str]:
         "grid": grid_section(results),
         "plots": plots_section(results),
         "tasks": task_table(results),
+        "failures": failure_table(results),
         "left_out": left_out_section(results),
         "speed": speed_section(results),
     }

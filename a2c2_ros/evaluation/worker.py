@@ -51,15 +51,23 @@ class WorkerError(A2C2Error, RuntimeError):
 
 
 def run_cell_episode(env: Any, cell: Cell, number: int) -> dict[str, Any]:
-    """Run one episode of a cell on a simulator; returns the fields of :class:`rollout.Episode`."""
+    """Run one episode of a cell on a simulator.
+
+    Returns:
+        The fields of :class:`rollout.Episode`, and ``failure``: of ``failures.FAILURES``, None for a success.
+    """
+    from a2c2_ros.evaluation.failures import Watched
     from a2c2_ros.evaluation.rollout import run_episode, run_expert_episode
 
+    env = Watched(env)
     initial_state, seed = cell.placement(number)
     where = {"initial_state": initial_state, "seed": seed, "max_steps": cell.max_steps}
     if cell.method == EXPERT:
-        return vars(run_expert_episode(env, **where))
-    policy, loop = _policy(cell.policy), _loop(cell.head if cell.corrected else "")
-    return vars(run_episode(env, load_profile("libero").robot, policy, loop, cell.planner_config(), **where))
+        episode = run_expert_episode(env, **where)
+    else:
+        policy, loop = _policy(cell.policy), _loop(cell.head if cell.corrected else "")
+        episode = run_episode(env, load_profile("libero").robot, policy, loop, cell.planner_config(), **where)
+    return {**vars(episode), "failure": None if episode.success else env.failure}
 
 
 @functools.lru_cache(maxsize=MODELS_KEPT)
