@@ -10,7 +10,7 @@ from pathlib import Path
 from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.paths import share_directory
-from a2c2_ros.sim.conventions import MOTIONS
+from a2c2_ros.sim.conventions import MAX_STEPS, MOTIONS
 
 Value = bool | int | float | str
 
@@ -119,7 +119,20 @@ class System:
     out: Path
 
 
-OF_PLANNER = ("execution_horizon", "inference_delay", "inference_delay_jitter", "chunking")
+OF_PLANNER = (
+    "policy",
+    "policy_path",
+    "policy_config",
+    "policy_device",
+    "horizon",
+    "execution_horizon",
+    "inference_delay",
+    "inference_delay_jitter",
+    "chunking",
+)
+
+
+OF_SIMULATOR = ("task", "episodes", "max_steps", "seed", "motion", "lockstep")
 
 
 def _of_planner(name: str) -> Argument:
@@ -131,9 +144,11 @@ def _of_planner(name: str) -> Argument:
 LIBERO_SIM_ARGUMENTS = (
     Argument("task", 0, "LIBERO Spatial task", 0, 9),
     Argument("episodes", 2, "Episodes to run; 0: until stopped", 0, 100_000),
+    Argument("max_steps", MAX_STEPS, "Step limit of an episode", 1, 100_000),
     Argument("seed", 0, "Seed of the fixtures, the policy's noise and the delay's jitter", 0, 2**31 - 1),
     *map(_of_planner, OF_PLANNER),
     Argument("motion", "none", "What the plate does: nothing, slide all the time, or once", texts=MOTIONS),
+    Argument("head", "", "ONNX head, as correction.model_path; empty: that of config/correction_controller.yaml"),
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
     Argument("lockstep", True, "The simulation waits for every command; false: it runs on the clock"),
     Argument("headless", True, "No window with the cameras"),
@@ -153,18 +168,20 @@ def libero_sim(arguments: Mapping[str, Value]) -> System:
     """
     values = dict(arguments)
     out = Path(values.pop("out") or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")).resolve()
-    timing = {name: values[name] for name in ("seed", *OF_PLANNER)}
-    PlannerConfig().replaced(timing)
+    planner = {name: values[name] for name in ("seed", *OF_PLANNER)}
+    PlannerConfig().replaced(planner, running=False)
     mode = {"lockstep": values["lockstep"], "use_sim_time": values["lockstep"]}
     config = share_directory() / "config"
+
+    head = {"correction.model_path": values["head"]} if values["head"] else {}
 
     def process(name: str, parameters: dict[str, Value]) -> Process:
         return Process(name, name, (config / f"{name}.yaml",), parameters)
 
     processes = [
-        process("libero_sim", {name: values[name] for name in ("task", "episodes", "seed", "motion", "lockstep")}),
-        process("chunk_planner", timing | mode),
-        process("correction_controller", {"correction.enabled": values["correction"]} | mode),
+        process("libero_sim", {name: values[name] for name in OF_SIMULATOR}),
+        process("chunk_planner", planner | mode),
+        process("correction_controller", {"correction.enabled": values["correction"]} | head | mode),
         process("episode_monitor", {"out": str(out), "use_sim_time": values["lockstep"]} | values),
     ]
     if values["record"]:

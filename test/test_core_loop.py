@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from a2c2_ros.core.buffer import ChunkBuffer
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import CorrectionLoop
-from a2c2_ros.core.errors import ChunkError
+from a2c2_ros.core.errors import ChunkError, ConfigError
 from a2c2_ros.core.planner import PlannerSchedule
 from a2c2_ros.core.safety import Reason, State
-from a2c2_ros.core.schedule import delay_steps, slot_index
-from a2c2_ros.core.timing import TickGrid
+from a2c2_ros.core.schedule import admissible_execution_horizons, check_timing, delay_steps, slot_index
+from a2c2_ros.core.timing import DELAY_WINDOW_CHUNKS, DelayMonitor, TickGrid
 
 T0 = 1_000_000_000
 
@@ -317,3 +317,42 @@ def test_commands_of_the_loop_never_exceed_the_limits(residuals):
         previous = step.command
     assert loop.ticks == sum(loop.counts.values()) == len(residuals)
     assert NAMES == make_robot().action_names
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 60))
+def test_admissible_horizons_are_those_that_the_check_admits(horizon, delay, execution):
+    try:
+        check_timing(horizon, execution, delay)
+        allowed = True
+    except ConfigError:
+        allowed = False
+    assert (execution in admissible_execution_horizons(horizon, delay)) == allowed
+
+
+def test_the_effective_delay_is_a_high_percentile_of_the_newest_chunks():
+    monitor = DelayMonitor()
+
+    def add(delay_ns, cold=False, execution=40):
+        return monitor.add(delay_ns, STEP_NS, cold=cold, horizon=50, execution_horizon=execution)
+
+    cold = add(30 * STEP_NS, cold=True)
+    assert (cold.delay_steps, cold.effective_delay_steps, cold.window_chunks, cold.problem) == (30, -1, 0, None)
+    assert (cold.proposed, len(cold.admissible)) == (0, 0), "nothing was measured yet"
+    exact, late = add(4 * STEP_NS), add(4 * STEP_NS + 1)
+    assert (exact.delay_steps, late.delay_steps) == (4, 5), "a slot that has begun is gone"
+    for _ in range(97):
+        timing = add(4 * STEP_NS)
+    assert (timing.effective_delay_steps, timing.window_chunks) == (4, 99)
+    for _ in range(6):
+        timing = add(12 * STEP_NS)
+    assert timing.effective_delay_steps == 12, "6 of 100 are late"
+    assert (timing.proposed, timing.admissible) == (38, range(12, 39))
+    assert "d=12" in timing.problem and "e=40" in timing.problem and "38 (allowed 12 to 38)" in timing.problem
+    assert add(12 * STEP_NS, execution=5).proposed == 12
+    assert add(12 * STEP_NS, execution=20).problem is None
+    for _ in range(DELAY_WINDOW_CHUNKS):
+        timing = add(26 * STEP_NS)
+    assert timing.effective_delay_steps == 26 and timing.proposed == 0 and "no e fits" in timing.problem
+    for _ in range(DELAY_WINDOW_CHUNKS):
+        timing = add(0)
+    assert timing.effective_delay_steps == 0 and timing.problem is None, "what is older is forgotten"

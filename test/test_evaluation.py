@@ -1,5 +1,6 @@
 """The evaluation's counts, intervals, resuming, and the jobs that run side by side."""
 
+import dataclasses
 import json
 import sys
 
@@ -125,6 +126,19 @@ def test_rollout_hands_chunks_over_when_they_are_due():
     observed = [round(float(s.base_action[0]) * 100) for s in steps]
     assert observed[:14] == [0] * 7 + [5] * 5 + [10] * 2
     assert len(episode.inference_ms) == 6
+
+
+def test_a_chunk_that_may_not_move_the_robot_is_refused_as_in_the_node():
+    class Wild(EchoPolicy):
+        def predict(self, observation, instruction, *, seed, continuation=None):
+            output = super().predict(observation, instruction, seed=seed)
+            return dataclasses.replace(output, actions=output.actions * (1000 if observation["state"][0] == 5 else 1))
+
+    loop = CorrectionLoop(ControllerConfig(correction__enabled=False, lockstep=True), make_robot())
+    config = PlannerConfig(horizon=8, execution_horizon=5, inference_delay=2)
+    episode = run_episode(CountingEnv(), make_robot(), Wild(), loop, config, initial_state=0, seed=0, max_steps=50)
+    assert episode.refused_chunks == loop.chunks["implausible"] == 1
+    assert episode.states == {"BASE_ONLY": 26, "HOLDING": 4}, "the old chunk has 8 slots, the next comes after 12"
 
 
 @pytest.mark.parametrize(("chunking", "horizon"), [("synchronous", 5), ("rtc", 8)])

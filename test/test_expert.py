@@ -1,10 +1,5 @@
 """The scripted expert, and the demonstrations that are made with it."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -65,33 +60,13 @@ def test_expert_takes_a_lost_bowl_again(drawer):
     assert expert.grasps == 2
 
 
-def demonstrations(out: Path) -> list[str]:
-    options = ["--tasks", "0", "--episodes-per-task", "2", "--workers", "1", "--seed", "3"]
-    return [sys.executable, "-m", "a2c2_ros.training.demonstrations", "--out", str(out), *options]
-
-
-def test_demonstrations_survive_a_kill_and_read_back(tmp_path):
-    out = tmp_path / "demos"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    first = subprocess.Popen(demonstrations(out), env=environment, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not (done := sorted(tmp_path.glob("demos.parts/*.npz"))):
-            assert first.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    finally:
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
-    assert not out.exists()
-    kept = done[0].stat().st_mtime_ns
-    subprocess.run(demonstrations(out), env=environment, check=True, timeout=150)
-    assert done[0].stat().st_mtime_ns == kept
+def test_demonstrations_survive_a_kill_and_read_back(libero_demonstrations):
+    out = libero_demonstrations
 
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     dataset = LeRobotDataset("local/demos", root=out)
-    parts = [np.load(path, allow_pickle=False) for path in sorted(tmp_path.glob("demos.parts/*.npz"))]
+    parts = [np.load(path, allow_pickle=False) for path in sorted(out.parent.glob("demos.parts/*.npz"))]
     assert dataset.num_episodes == len(parts) == 2
     assert dataset.num_frames == sum(len(part["action"]) for part in parts)
     frame, part = dataset[len(parts[0]["action"]) + 20], parts[1]

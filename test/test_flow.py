@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from a2c2_ros.core.errors import ConfigError, ObservationError, PolicyError
-from a2c2_ros.policies.base import Continuation, PolicyOutput
+from a2c2_ros.policies.base import Continuation, PolicyOptions, PolicyOutput
 from a2c2_ros.policies.flow import FlowConfig, FlowNetwork, guidance_weights, load_network, save_network
 from a2c2_ros.policies.registry import load_policy
 
@@ -328,8 +328,13 @@ def test_damaged_policy_files_are_refused(tmp_path):
 def test_unknown_kind_and_option_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="'flow'"):
         load_policy("smol", "x")
-    with pytest.raises(ConfigError, match="fast"):
-        load_policy("flow", tmp_path, fast=True)
+    for options, word in (
+        (PolicyOptions(dtype="bfloat16"), "bfloat16"),
+        (PolicyOptions(mapping={"fast": True}), "fast"),
+        (PolicyOptions(device="abacus"), "abacus"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            load_policy("flow", tmp_path, options)
 
 
 def test_policy_output_must_be_finite():

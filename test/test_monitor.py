@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("rclpy")
 av = pytest.importorskip("av")
 
-from a2c2_ros.msg import ControlStep
+from a2c2_ros.msg import ControlStep, PlannerTiming
 
 from a2c2_ros.evaluation.overlay import BASE_COLOUR, COMMAND_COLOUR, VideoWriter, draw_frame
 from a2c2_ros.nodes.conversions import to_time
@@ -25,6 +25,8 @@ def test_statistics_of_control_steps():
             step.period_error_s = -0.002 if n == 5 else 0.001
             step.head_time_s = 0.003 if n else 0.0
             statistics.add(step)
+    for ms in (10.0, 30.0):
+        statistics.add_chunk(PlannerTiming(policy_id="flow-1", inference_time_s=ms / 1e3, transport_time_s=0.002))
     result = summarise(statistics)
     assert result == {
         "ticks": 20,
@@ -34,6 +36,10 @@ def test_statistics_of_control_steps():
         "head_ms_p50": 3.0,
         "head_ms_p99": 3.0,
         "chunk_delay_steps_p50": 4.0,
+        "inference_ms_p50": 20.0,
+        "inference_ms_p99": 29.8,
+        "transport_ms_p50": 2.0,
+        "policy_ids": ["flow-1"],
         "states": {"base_only": 2, "running": 18},
     }, "the first chunk of an episode is waited for and does not count as a delay"
 

@@ -10,7 +10,7 @@ from ros_system import Peer, System
 
 pytest.importorskip("rclpy")
 
-from a2c2_ros.msg import ControlStep
+from a2c2_ros.msg import ControlStep, PlannerTiming
 
 from a2c2_ros.nodes.runtime import reliable_qos
 
@@ -27,13 +27,14 @@ from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation.rollout import run_episode
 from a2c2_ros.heads.onnx_head import OnnxHead
 from a2c2_ros.paths import model_path
+from a2c2_ros.policies.base import PolicyOptions
 from a2c2_ros.policies.registry import load_policy
 from a2c2_ros.sim.libero_env import LiberoEnv
 
 robot = load_profile("libero").robot
 config = PlannerConfig(execution_horizon={EXECUTION_HORIZON}, inference_delay={DELAY},
                        inference_delay_jitter={JITTER}, seed={SEED})
-policy = load_policy("flow", str(model_path(config.policy_path)), threads=1)
+policy = load_policy("flow", config.policy_path, PolicyOptions(threads=1))
 controller = ControllerConfig()
 loop = CorrectionLoop(controller, robot, OnnxHead(model_path(controller.correction__model_path)))
 rows = []
@@ -51,6 +52,8 @@ def test_nodes_over_dds_execute_what_the_evaluation_executes(tmp_path):
     peer = Peer(system)
     steps: list[ControlStep] = []
     peer.node.create_subscription(ControlStep, "control_step", steps.append, reliable_qos(1000))
+    timings: list[PlannerTiming] = []
+    peer.node.create_subscription(PlannerTiming, "planner_timing", timings.append, reliable_qos(100))
     mode = dict(lockstep=True, use_sim_time=True)
     try:
         system.start("libero_sim", task=TASK, episodes=1, initial_state=STATE, seed=SEED, max_steps=TICKS)
@@ -71,6 +74,13 @@ def test_nodes_over_dds_execute_what_the_evaluation_executes(tmp_path):
         system.close()
         reference.kill()
         peer.close()
+    delays = [t.delay_steps for t in timings]
+    assert delays[0] == 0 and len(delays) >= 4, "the robot waits for its first chunk"
+    assert all(DELAY - JITTER <= d <= DELAY + JITTER for d in delays[1:]) and len(set(delays[1:])) > 1
+    last = timings[-1]
+    assert (last.window_chunks, last.effective_delay_steps) == (len(delays) - 1, max(delays))
+    assert (last.execution_horizon_min, last.execution_horizon_max) == (max(delays), 50 - max(delays))
+    assert last.execution_horizon_proposed == EXECUTION_HORIZON and last.transport_time_s == 0.0 < last.inference_time_s
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(rows) == TICKS
     assert len({tuple(s.chunk_stamp.sec.__repr__() + str(s.chunk_stamp.nanosec)) for s in steps}) >= 4, "several chunks"

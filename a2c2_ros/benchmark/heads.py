@@ -27,6 +27,7 @@ from a2c2_ros.heads.onnx_head import KEPT_PER_CAMERA, OnnxHead
 from a2c2_ros.heads.quantise import effect, quantise
 from a2c2_ros.heads.samples import dataset_samples, random_samples
 from a2c2_ros.paths import model_path
+from a2c2_ros.policies.base import PolicyOptions
 from a2c2_ros.policies.flow import FlowPolicy
 
 LIBERO = {
@@ -259,7 +260,7 @@ def _torch_row(head: Head, samples: Sequence[HeadInput], threads: int, seconds: 
 def _policy_row(path: str | Path, threads: int, seconds: float, device: str, seed: int) -> dict[str, object]:
     rng = np.random.default_rng(seed)
     with _torch_threads(threads):
-        policy = FlowPolicy(path, device=device)
+        policy = FlowPolicy(path, PolicyOptions(device=device))
         size = policy.image_size
         observation = {name: rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for name in policy.cameras}
         observation["state"] = rng.standard_normal(policy.state_dim).astype(np.float32)

@@ -150,11 +150,11 @@ def _camera(publisher, camera: Mapping[str, Any], rng: np.random.Generator, stam
 def policy_inference() -> Callable[[int], object]:
     """One inference of the shipped policy on one thread and a made-up observation, as a function of the noise seed."""
     from a2c2_ros.core.config import PlannerConfig
-    from a2c2_ros.paths import model_path
+    from a2c2_ros.policies.base import PolicyOptions
     from a2c2_ros.policies.registry import load_policy
 
     config = PlannerConfig()
-    policy = load_policy(config.policy, str(model_path(config.policy_path)), threads=1)
+    policy = load_policy(config.policy, config.policy_path, PolicyOptions(threads=1))
     rng = np.random.default_rng(arm.SEED)
     side = policy.image_size
     observation = {name: rng.integers(0, 256, (side, side, 3), np.uint8) for name in policy.cameras}

@@ -27,7 +27,8 @@ class ActionChunk:
     language: np.ndarray  # (L,) float32, may be empty
     policy_id: str
     planner_id: str = ""  # which planner made it, unique to its start
-    inference_ns: int = 0  # duration of the inference [ns]
+    inference_ns: int = 0  # the policy's computation [ns]
+    transport_ns: int = 0  # to a policy on another machine and back [ns]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "action_names", tuple(self.action_names))
@@ -53,8 +54,9 @@ class ActionChunk:
             raise ChunkError(f"chunk {self.chunk_id}: step_ns is {self.step_ns}, allowed is a positive duration")
         if self.t_obs_ns < 0:
             raise ChunkError(f"chunk {self.chunk_id}: t_obs_ns is {self.t_obs_ns}, allowed is a time of 0 or later")
-        if self.inference_ns < 0:
-            raise ChunkError(f"chunk {self.chunk_id}: inference_ns is {self.inference_ns}, allowed is 0 or more")
+        for name in ("inference_ns", "transport_ns"):
+            if getattr(self, name) < 0:
+                raise ChunkError(f"chunk {self.chunk_id}: {name} is {getattr(self, name)}, allowed is 0 or more")
         if self.horizon == 0 or self.actions.shape[1] != len(self.action_names) or not self.action_names:
             raise ChunkError(
                 f"chunk {self.chunk_id}: actions have shape {self.actions.shape}, allowed is "

@@ -95,8 +95,21 @@ class PlannerConfig(Parameters):
 
     policy: str = parameter("flow", "Kind of policy, see policies/registry.py", dynamic=False)
     policy_path: str = parameter(
-        "flow_libero_spatial", "Checkpoint folder; a bare name is looked up in the package's models", dynamic=False
+        "flow_libero_spatial",
+        "Where the policy is: a checkpoint folder (flow: a bare name is looked up in the package's models; lerobot: or "
+        "a hub id) or an address (remote)",
+        dynamic=False,
     )
+    policy_config: str = parameter(
+        "",
+        "YAML file that maps names and sets options of the policy: a path, or a name in config/policies; empty: none",
+        dynamic=False,
+    )
+    policy_device: str = parameter("cpu", "Where the policy runs, a torch device: cpu, cuda, cuda:1", dynamic=False)
+    policy_dtype: str = parameter(
+        "float32", "Arithmetic of the policy", choices=("float32", "bfloat16", "float16"), dynamic=False
+    )
+    policy_threads: int = parameter(1, "CPU threads of the policy", low=1, high=1024, dynamic=False)
     robot: str = parameter("libero", "Robot profile: a name in config/robots or a path", dynamic=False)
     horizon: int = parameter(50, "Slots of a chunk, H [steps]; must be the policy's", low=1, high=1000, dynamic=False)
     execution_horizon: int = parameter(

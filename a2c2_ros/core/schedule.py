@@ -32,6 +32,16 @@ def delay_steps(latency_ns: int, step_ns: int) -> int:
     return latency_ns // step_ns
 
 
+def first_slot(latency_ns: int, step_ns: int) -> int:
+    """First slot that begins when a chunk is there, ``ceil(δ / Δt)``: the d that a control loop on the grid gets."""
+    return -(-latency_ns // step_ns)
+
+
+def admissible_execution_horizons(horizon: int, inference_delay: int) -> range:
+    """All e that :func:`check_timing` admits, in rising order; empty if the delay is more than half of the chunk."""
+    return range(max(1, inference_delay), horizon - inference_delay + 1)
+
+
 def check_timing(horizon: int, execution_horizon: int, inference_delay: int) -> None:
     """Check H, e and d as one candidate: ``0 <= d <= e``, ``e >= 1`` and ``e + d <= H`` (paper section 2).
 

@@ -1,9 +1,15 @@
 """The grid of scheduled ticks and statistics of what was measured."""
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+
+from a2c2_ros.core.schedule import admissible_execution_horizons, first_slot
+
+DELAY_WINDOW_CHUNKS = 100
+DELAY_PERCENTILE = 95.0
 
 
 @dataclass(frozen=True)
@@ -85,3 +91,68 @@ class Window:
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+@dataclass(frozen=True)
+class ChunkTiming:
+    """How long a chunk took, and what the newest chunks together say about e."""
+
+    horizon: int  # H
+    execution_horizon: int  # e in use
+    delay_ns: int  # stamp of the observation to publication [ns]
+    delay_steps: int  # the same, the first slot that can be executed
+    effective_delay_steps: int  # d of the newest chunks; -1 before the first that counts
+    window_chunks: int  # how many those are
+
+    @property
+    def admissible(self) -> range:
+        """Every e that fits H and the effective d, in rising order; empty if there is none."""
+        d = self.effective_delay_steps
+        return admissible_execution_horizons(self.horizon, d) if d >= 0 else range(0)
+
+    @property
+    def proposed(self) -> int:
+        """The admissible e nearest to the one in use; 0 if there is none."""
+        allowed = self.admissible
+        return min(max(self.execution_horizon, allowed[0]), allowed[-1]) if allowed else 0
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the e in use and what to do, None if it is admissible or nothing was measured."""
+        if self.effective_delay_steps < 0 or self.execution_horizon in self.admissible:
+            return None
+        advice = "no e fits: make the policy faster or its chunks longer"
+        if self.admissible:
+            advice = f"set execution_horizon to {self.proposed} (allowed {self.admissible[0]} to {self.admissible[-1]})"
+        return (
+            f"chunks come d={self.effective_delay_steps} steps after their observation; with H={self.horizon} and "
+            f"e={self.execution_horizon} this breaks d <= e and e + d <= H: {advice}"
+        )
+
+
+class DelayMonitor:
+    """Effective inference delay d, measured: a high percentile over the newest chunks.
+
+    The first chunk after a cold start does not count: nothing is executed while it is awaited, and it may include what
+    happens once.
+    """
+
+    def __init__(self) -> None:
+        self._steps = Window(DELAY_WINDOW_CHUNKS)
+
+    def add(self, delay_ns: int, step_ns: int, *, cold: bool, horizon: int, execution_horizon: int) -> ChunkTiming:
+        """Take the delay of one chunk.
+
+        Args:
+            delay_ns: Stamp of its observation to its publication [ns].
+            step_ns: Duration of a control step [ns].
+            cold: Whether it is the first after a cold start.
+            horizon: H.
+            execution_horizon: e in use.
+        """
+        steps = first_slot(delay_ns, step_ns)
+        if not cold:
+            self._steps.add(steps)
+        percentile = self._steps.percentile(DELAY_PERCENTILE)
+        effective = -1 if percentile is None else math.ceil(percentile)
+        return ChunkTiming(horizon, execution_horizon, delay_ns, steps, effective, len(self._steps))

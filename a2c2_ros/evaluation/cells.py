@@ -288,6 +288,7 @@ def summarise(
         "inference_ms": percentiles("inference_ms"),
         "head_ms": percentiles("head_ms"),
         "states": states,
+        "refused_chunks": sum(e.get("refused_chunks", 0) for e in valid),
         "failures": dict(Counter(e["failure"] for e in valid if e.get("failure"))),
         "speed": _speed(valid),
         "machine": provenance.machine(),

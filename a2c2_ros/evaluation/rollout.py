@@ -13,7 +13,7 @@ import numpy as np
 from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.controller import ControlStep, CorrectionLoop
-from a2c2_ros.core.errors import SimulationError
+from a2c2_ros.core.errors import ChunkError, SimulationError
 from a2c2_ros.core.observation import ObservationBuffer
 from a2c2_ros.core.planner import PlannerSchedule
 from a2c2_ros.core.robot import Robot
@@ -42,6 +42,7 @@ class Episode:
     inference_ms: list[float] = field(default_factory=list)
     head_ms: list[float] = field(default_factory=list)
     states: dict[str, int] = field(default_factory=dict)  # ticks per controller state
+    refused_chunks: int = 0  # by the loop, see ChunkGate
 
 
 def run_episode(
@@ -94,7 +95,11 @@ def run_episode(
 
     def hand_over(now_ns: int) -> None:
         if schedule.in_flight is not None and now_ns >= schedule.in_flight.t_due_ns:
-            loop.install(schedule.release(ready, now_ns), now_ns)
+            # As in the node: what may not move the robot is counted, and the chunk before it goes on.
+            try:
+                loop.install(schedule.release(ready, now_ns), now_ns)
+            except ChunkError:
+                result.refused_chunks += 1
 
     while result.steps < max_steps and not result.success:
         now_ns = start_ns + result.steps * config.step_ns

@@ -72,9 +72,10 @@ def run_cell_episode(env: Any, cell: Cell, number: int) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=MODELS_KEPT)
 def _policy(path: str) -> Any:
+    from a2c2_ros.policies.base import PolicyOptions
     from a2c2_ros.policies.registry import load_policy
 
-    return load_policy("flow", str(model_path(path)), threads=1)
+    return load_policy("flow", path, PolicyOptions(threads=1))
 
 
 @functools.lru_cache(maxsize=MODELS_KEPT)

@@ -24,6 +24,7 @@ ARCHITECTURES = {
 }
 ARCHITECTURE_KEY, CONFIG_KEY = "architecture", "config"
 ABLATIONS = ("tau", "latent", "language", "images")  # inputs that a head can be trained without
+LATENT_STATISTICS = ("latent_mean", "latent_std")
 RANDOM_RESIDUAL = 0.01  # mean absolute residual of a random head [action units]
 
 
@@ -81,12 +82,15 @@ class Head(nn.Module):
     config_type: ClassVar[type[HeadConfig]] = HeadConfig
     token_size: int = 0  # of a camera's tokens
     output: nn.Sequential  # to the residual in standard deviations of the action; the last layer is linear
+    encoder_of_policy: bool = False  # the encoder started from the policy's, not from random weights
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("action_mean", torch.zeros(len(config.action_names)))
         self.register_buffer("action_std", torch.ones(len(config.action_names)))
+        self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
+        self.register_buffer("latent_std", torch.ones(config.latent_dim))
 
     def encode_image(self, camera: str, image: Tensor, language: Tensor) -> Tensor:
         """Tokens of an image, (B, token_size) float32.
@@ -117,6 +121,8 @@ class Head(nn.Module):
             latent: (B, Z) float32, of the chunk.
             language: (B, L) float32.
         """
+        if self.config.latent_dim:
+            latent = (latent - self.latent_mean) / self.latent_std
         output = self._fuse(
             tokens,
             state,
@@ -173,21 +179,48 @@ class Head(nn.Module):
         Raises:
             ConfigError: If the configuration cannot be.
         """
-        fields = {field.name for field in dataclasses.fields(cls.config_type)}
-        shared = {k: v for k, v in dataclasses.asdict(policy.config).items() if k in fields}
-        head = cls(cls.config_type(**(shared | options), training_data_hash=training_data_hash))
+        head = cls.of_facts(dataclasses.asdict(policy.config), training_data_hash, **options)
         head.start_from(policy)
         return head
+
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, object], training_data_hash: str, **options: object) -> Self:
+        """A head with random weights, without statistics.
+
+        Args:
+            facts: What is known of the policy and its data; what is no field of the configuration is left out.
+            training_data_hash: Of the data that it will be trained on.
+            **options: Further fields of the architecture's configuration.
+
+        Raises:
+            ConfigError: If the configuration cannot be.
+        """
+        fields = {field.name for field in dataclasses.fields(cls.config_type)}
+        shared = {name: value for name, value in facts.items() if name in fields}
+        return cls(cls.config_type(**(shared | options), training_data_hash=training_data_hash))
 
     @torch.no_grad()
     def start_from(self, policy: FlowNetwork) -> None:
         """Take the statistics of the policy's training data."""
-        own, encoder = dict(self.named_buffers()), policy.encoder
-        for name in ("action_mean", "action_std"):
-            own[name].copy_(getattr(policy, name))
-        for name in ("state_mean", "state_std", "language_mean", "language_std"):
-            if name in own:
-                own[name].copy_(getattr(encoder, name))
+        self.set_statistics(dict(policy.named_buffers()) | dict(policy.encoder.named_buffers()))
+
+    @torch.no_grad()
+    def set_statistics(self, statistics: Mapping[str, Tensor]) -> None:
+        """Fill what the inputs are normalised by.
+
+        Args:
+            statistics: ``NAME_mean`` and ``NAME_std`` of state, language, action, latent; what this head has no buffer
+                for is left out.
+        """
+        for path, buffer in self.named_buffers():
+            name = path.rpartition(".")[2]
+            if name in statistics:
+                buffer.copy_(statistics[name])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: object) -> None:
+        for name in LATENT_STATISTICS:  # heads and checkpoints are older than these
+            state_dict.setdefault(f"{prefix}{name}", getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def normalise_action(self, action: Tensor) -> Tensor:
         """(B, A) in action units to standard deviations from the mean."""

@@ -52,6 +52,7 @@ class CompactHead(Head):
         columns = own["trunk_input.weight"].shape[1]
         theirs["trunk_input.weight"] = theirs["trunk_input.weight"][:, -columns:]
         self.encoder.load_state_dict({name: theirs[name] for name in own})
+        self.encoder_of_policy = True
 
     def _encode(self, camera: str, image: Tensor, language: Tensor) -> Tensor:
         features = self.encoder.images[camera](image, self._condition(image, language))

@@ -14,15 +14,15 @@ from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.planner import ChunkRequest, PlannerSchedule
 from a2c2_ros.core.safety import stale_stream
+from a2c2_ros.core.timing import DelayMonitor
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
-from a2c2_ros.msg import PlannerStatus
-from a2c2_ros.nodes.conversions import chunk_to_message, to_time
+from a2c2_ros.msg import PlannerStatus, PlannerTiming
+from a2c2_ros.nodes.conversions import chunk_to_message, timing_to_message, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource
 from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, NodeParameters, latched_qos, reliable_qos, run
-from a2c2_ros.paths import model_path
-from a2c2_ros.policies.base import Continuation, infer_chunk
-from a2c2_ros.policies.registry import load_policy
+from a2c2_ros.policies.base import Continuation, PolicyOptions, infer_chunk
+from a2c2_ros.policies.registry import load_mapping, load_policy
 
 
 class ChunkPlanner(ManagedNode):
@@ -49,6 +49,7 @@ class ChunkPlanner(ManagedNode):
         self._chunk_ids = count(1)
         self._planner_id = uuid.uuid4().hex
         self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", latched_qos(2))
+        self._timing_publisher = self.create_publisher(PlannerTiming, "planner_timing", reliable_qos(10))
         self._status_publisher = self.create_publisher(PlannerStatus, "planner_status", reliable_qos(10))
         self._result_ready = self.create_guard_condition(self._pump)
         if self._settings.value.autostart:
@@ -57,9 +58,16 @@ class ChunkPlanner(ManagedNode):
     def configure(self) -> None:
         config = self._settings.value
         self._profile = load_profile(config.robot)
-        self._policy = load_policy(config.policy, str(model_path(config.policy_path)), threads=1)
-        robot, policy = self._profile.robot, self._policy
-        shapes = self._profile.camera_shapes()
+        robot, shapes = self._profile.robot, self._profile.camera_shapes()
+        options = PolicyOptions(
+            device=config.policy_device,
+            dtype=config.policy_dtype,
+            threads=config.policy_threads,
+            robot=robot,
+            camera_shapes=shapes,
+            mapping=load_mapping(config.policy_config),
+        )
+        self._policy = policy = load_policy(config.policy, config.policy_path, options)
         for name, mine, theirs in (
             ("horizon", config.horizon, policy.horizon),
             ("action_names", robot.action_names, tuple(policy.action_names)),
@@ -71,6 +79,7 @@ class ChunkPlanner(ManagedNode):
                     f"policy {policy.policy_id} does not fit: {name} is {mine!r}, the policy needs {theirs!r}"
                 )
         self._schedule = PlannerSchedule(config)
+        self._delays = DelayMonitor()
         self._warm_up()
         self.get_logger().info(
             f"configured: policy {policy.policy_id}, H={policy.horizon}, e={config.execution_horizon}, "
@@ -120,6 +129,7 @@ class ChunkPlanner(ManagedNode):
     def _apply(self, config: PlannerConfig) -> None:
         if self._schedule is not None:
             self._schedule.configure(config)
+            self._delays = DelayMonitor()  # the injected delay or the way of chunking may be another
 
     def _on_instruction(self, message: String) -> None:
         if message.data != self._instruction:
@@ -197,6 +207,7 @@ class ChunkPlanner(ManagedNode):
             chunk = self._schedule.release(chunk, now_ns)
             self._published_ns = chunk.t_obs_ns
             self._chunk_publisher.publish(chunk_to_message(chunk, instruction))
+            self._publish_timing(request, chunk, now_ns)
         return False
 
     def _start(self, request: ChunkRequest, observation: Observation) -> None:
@@ -230,6 +241,22 @@ class ChunkPlanner(ManagedNode):
         if self._due_timer is not None:
             self.destroy_timer(self._due_timer)
             self._due_timer = None
+
+    def _publish_timing(self, request: ChunkRequest, chunk: ActionChunk, now_ns: int) -> None:
+        config = self._settings.value
+        timing = self._delays.add(
+            now_ns - request.t_obs_ns,
+            config.step_ns,
+            cold=request.sequence == 0,
+            horizon=config.horizon,
+            execution_horizon=config.execution_horizon,
+        )
+        self._timing_publisher.publish(timing_to_message(timing, request, chunk, config.inference_delay))
+        # The robot stands still while a synchronous chunk is computed, so any delay fits.
+        if timing.problem and request.chunking != "synchronous":
+            self._log.problem("timing", timing.problem)
+        else:
+            self._log.fine("timing")
 
     def _publish_status(self) -> None:
         status = PlannerStatus(

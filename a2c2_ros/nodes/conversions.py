@@ -15,9 +15,11 @@ from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.controller import ControlStep
 from a2c2_ros.core.errors import ChunkError, ObservationError
 from a2c2_ros.core.health import Status
-from a2c2_ros.core.timing import StepTiming
+from a2c2_ros.core.planner import ChunkRequest
+from a2c2_ros.core.timing import ChunkTiming, StepTiming
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import ControlStep as ControlStepMsg
+from a2c2_ros.msg import PlannerTiming as PlannerTimingMsg
 
 
 def to_ns(stamp: Time | Duration) -> int:
@@ -193,6 +195,7 @@ def chunk_to_message(chunk: ActionChunk, instruction: str) -> ActionChunkMsg:
         policy_id=chunk.policy_id,
         instruction=instruction,
         inference_time=to_duration(chunk.inference_ns),
+        transport_time=to_duration(chunk.transport_ns),
     )
     message.header.stamp = to_time(chunk.t_obs_ns)
     for name in ("actions", "latent", "language"):
@@ -224,7 +227,33 @@ def message_to_chunk(message: ActionChunkMsg) -> ActionChunk:
         policy_id=message.policy_id,
         planner_id=message.planner_id,
         inference_ns=to_ns(message.inference_time),
+        transport_ns=to_ns(message.transport_time),
     )
+
+
+def timing_to_message(
+    timing: ChunkTiming, request: ChunkRequest, chunk: ActionChunk, inference_delay: int
+) -> PlannerTimingMsg:
+    """Timing of a chunk to its message; ``inference_delay`` is the injected d."""
+    admissible = timing.admissible
+    message = PlannerTimingMsg(
+        chunk_id=chunk.chunk_id,
+        policy_id=chunk.policy_id,
+        inference_time_s=chunk.inference_ns / 1e9,
+        transport_time_s=chunk.transport_ns / 1e9,
+        delay_s=timing.delay_ns / 1e9,
+        delay_steps=timing.delay_steps,
+        effective_delay_steps=timing.effective_delay_steps,
+        window_chunks=timing.window_chunks,
+        horizon=timing.horizon,
+        execution_horizon=timing.execution_horizon,
+        inference_delay=inference_delay,
+        execution_horizon_min=admissible[0] if admissible else 0,
+        execution_horizon_max=admissible[-1] if admissible else 0,
+        execution_horizon_proposed=timing.proposed,
+    )
+    message.header.stamp = to_time(request.t_obs_ns)
+    return message
 
 
 def step_to_message(step: ControlStep, streams: tuple[str, ...], timing: StepTiming) -> ControlStepMsg:

@@ -17,7 +17,7 @@ from a2c2_ros.core.safety import State
 from a2c2_ros.core.timing import Window
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation.overlay import VideoWriter, draw_frame
-from a2c2_ros.msg import ControlStep, EpisodeStatus
+from a2c2_ros.msg import ControlStep, EpisodeStatus, PlannerTiming
 from a2c2_ros.nodes.conversions import image_to_array, to_ns
 from a2c2_ros.nodes.runtime import EdgeLog, NodeParameters, PlainNode, latched_qos, reliable_qos, run, sensor_qos
 
@@ -72,6 +72,9 @@ class Statistics:
         self.period_error_ms = Window()
         self.head_ms = Window()
         self.chunk_delay_steps = Window()
+        self.inference_ms = Window()
+        self.transport_ms = Window()
+        self.policies: set[str] = set()
         self.states: Counter[str] = Counter()
         self._chunk = (0, 0)
 
@@ -88,6 +91,12 @@ class Statistics:
             if self._chunk != (0, 0):  # the first chunk of an episode is waited for: its delay is no delay
                 self.chunk_delay_steps.add(step.chunk_delay_steps)
             self._chunk = chunk
+
+    def add_chunk(self, timing: PlannerTiming) -> None:
+        """Take the timing of one chunk."""
+        self.policies.add(timing.policy_id)
+        self.inference_ms.add(timing.inference_time_s * 1e3)
+        self.transport_ms.add(timing.transport_time_s * 1e3)
 
     def new_episode(self) -> None:
         """The next chunk is the first of an episode."""
@@ -120,6 +129,7 @@ class EpisodeMonitor(PlainNode):
         for camera in self._profile.cameras:
             self.create_subscription(Image, camera.topic, partial(self._on_image, camera), sensor_qos(config.lockstep))
         self.create_subscription(ControlStep, "control_step", self._on_step, reliable_qos(1000))
+        self.create_subscription(PlannerTiming, "planner_timing", self._on_chunk, reliable_qos(10))
         self.create_subscription(EpisodeStatus, "episode", self._on_episode, latched_qos(10))
         print(f"results: {self._out}", flush=True)
 
@@ -163,6 +173,10 @@ class EpisodeMonitor(PlainNode):
         self._run.add(step)
         self._draw(step)
         self._finish_if_complete()
+
+    def _on_chunk(self, timing: PlannerTiming) -> None:
+        self._episode_statistics.add_chunk(timing)
+        self._run.add_chunk(timing)
 
     def _finish_if_complete(self) -> None:
         if self._ended is not None and self._episode_statistics.ticks >= self._ended.steps:
@@ -278,6 +292,10 @@ def summarise(statistics: Statistics) -> dict[str, object]:
         "head_ms_p50": rounded(statistics.head_ms, 50),
         "head_ms_p99": rounded(statistics.head_ms, 99),
         "chunk_delay_steps_p50": rounded(statistics.chunk_delay_steps, 50),
+        "inference_ms_p50": rounded(statistics.inference_ms, 50),
+        "inference_ms_p99": rounded(statistics.inference_ms, 99),
+        "transport_ms_p50": rounded(statistics.transport_ms, 50),
+        "policy_ids": sorted(statistics.policies),
         "states": dict(statistics.states),
     }
 

@@ -3,14 +3,17 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from a2c2_ros.core.chunk import ActionChunk
-from a2c2_ros.core.errors import ObservationError, PolicyError
+from a2c2_ros.core.errors import ConfigError, ObservationError, PolicyError
 from a2c2_ros.core.planner import ChunkRequest
 from a2c2_ros.core.robot import Robot
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +27,7 @@ class PolicyOutput:
     actions: np.ndarray  # (H, A) float32, row k is slot k, action units
     latent: np.ndarray  # (Z,) float32, features of the base policy for the head (paper: z)
     language: np.ndarray  # (L,) float32, embedding of the instruction (paper: l)
+    inference_ns: int | None = None  # by the clock of another machine that computed it; None: all the time of the call
 
     def __post_init__(self) -> None:
         for name, axes in (("actions", 2), ("latent", 1), ("language", 1)):
@@ -69,11 +73,25 @@ class PolicyOptions:
     """What a policy may have to know beside its path; each kind reads what it needs."""
 
     device: str = "cpu"  # where it runs, a torch device
-    dtype: str = "float32"  # of its weights
+    dtype: str = "float32"  # of its arithmetic: float32, bfloat16 or float16
     threads: int | None = None  # CPU threads, for the whole process; None leaves them
     robot: Robot | None = None  # names of cameras, state and action, for policies whose files do not tell
     camera_shapes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)  # of the robot's cameras
     mapping: Mapping[str, Any] = field(default_factory=dict)  # content of the policy's YAML file, empty without one
+
+    def torch_device(self) -> "torch.device":
+        """The device, after trying it.
+
+        Raises:
+            ConfigError: If torch does not know it or this machine does not have it.
+        """
+        import torch
+
+        try:
+            return torch.zeros(1, device=self.device).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device is {self.device!r}, which cannot be used here: {reason}") from error
 
 
 class ChunkPolicy(Protocol):
@@ -138,7 +156,7 @@ def infer_chunk(
         planner_id: Which planner asks, unique to its start.
 
     Returns:
-        The chunk, with the duration of the inference.
+        The chunk, with the durations of inference and transport.
 
     Raises:
         ObservationError: If the observation does not fit the policy.
@@ -148,6 +166,8 @@ def infer_chunk(
     inputs = robot.images(values) | {"state": robot.state_of(values)}
     started_ns = time.perf_counter_ns()
     output = policy.predict(inputs, instruction, seed=request.seed, continuation=Continuation.of(request))
+    duration_ns = time.perf_counter_ns() - started_ns
+    inference_ns = duration_ns if output.inference_ns is None else min(output.inference_ns, duration_ns)
     return ActionChunk(
         chunk_id=chunk_id,
         t_obs_ns=request.t_obs_ns,
@@ -158,7 +178,8 @@ def infer_chunk(
         language=output.language,
         policy_id=policy.policy_id,
         planner_id=planner_id,
-        inference_ns=time.perf_counter_ns() - started_ns,
+        inference_ns=inference_ns,
+        transport_ns=duration_ns - inference_ns,
     )
 
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from a2c2_ros.core.errors import ConfigError, PolicyError
-from a2c2_ros.policies.base import Continuation, PolicyOutput, check_observation
+from a2c2_ros.paths import model_path
+from a2c2_ros.policies.base import Continuation, PolicyOptions, PolicyOutput, check_observation
 from a2c2_ros.policies.encoder import ObservationEncoder
 from a2c2_ros.policies.language import LANGUAGE_DIM, InstructionEncoder
 
@@ -250,21 +251,27 @@ def guidance_weights(known_slots: int, delay_steps: int) -> np.ndarray:
 class FlowPolicy:
     """The shipped :class:`ChunkPolicy`: a :class:`FlowNetwork` from a folder, and the instruction encoder."""
 
-    def __init__(self, path: str | Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, options: PolicyOptions | None = None) -> None:
         """Load ``config.json`` and ``model.safetensors``.
 
         Args:
-            path: Folder.
-            device: Where the network runs, a torch device.
-            threads: CPU threads of torch, for the whole process; None leaves them.
+            path: Folder; a bare name is looked up in the package's models.
+            options: Device and threads; the rest is in the files.
 
         Raises:
+            ConfigError: If there is no such folder, or an option is not one of this policy's.
             PolicyError: If a file is missing, damaged, or does not belong to the other.
         """
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.device = torch.device(device)
-        self.network = load_network(path).to(self.device)
+        options = options or PolicyOptions()
+        if options.dtype != "float32" or options.mapping:
+            raise ConfigError(
+                f"dtype is {options.dtype!r} and the policy's YAML file has {sorted(options.mapping)}; "
+                f"the flow policy takes float32 and no YAML file"
+            )
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.device = options.torch_device()
+        self.network = load_network(model_path(str(path))).to(self.device)
         self.config = self.network.config
         self.policy_id = self.config.policy_id
         self.horizon = self.config.horizon

@@ -1,20 +1,30 @@
 """Policies by name."""
 
 import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from a2c2_ros.core.errors import ConfigError
-from a2c2_ros.policies.base import ChunkPolicy
+from a2c2_ros.paths import share_directory
+from a2c2_ros.policies.base import ChunkPolicy, PolicyOptions
 
-POLICIES = {"flow": "a2c2_ros.policies.flow:FlowPolicy"}
+POLICIES = {
+    "flow": "a2c2_ros.policies.flow:FlowPolicy",
+    "lerobot": "a2c2_ros.policies.lerobot:LeRobotPolicy",
+    "remote": "a2c2_ros.policies.remote:RemotePolicy",
+}
 
 
-def load_policy(kind: str, path: str, **options: object) -> ChunkPolicy:
+def load_policy(kind: str, path: str | Path, options: PolicyOptions | None = None) -> ChunkPolicy:
     """Load a policy; its libraries are imported only now.
 
     Args:
         kind: A key of ``POLICIES``.
-        path: Where the policy's files are.
-        **options: Keyword arguments of the policy's class.
+        path: Where the policy is: what this means (a folder, a hub id, an address) is for the kind to say.
+        options: What it may have to know beside; None: the defaults.
 
     Raises:
         ConfigError: If the kind or an option is unknown.
@@ -23,9 +33,28 @@ def load_policy(kind: str, path: str, **options: object) -> ChunkPolicy:
     if kind not in POLICIES:
         raise ConfigError(f"policy kind is {kind!r}, allowed are {sorted(POLICIES)}")
     module, name = POLICIES[kind].split(":")
+    return getattr(importlib.import_module(module), name)(path, options or PolicyOptions())
+
+
+def load_mapping(name_or_path: str) -> Mapping[str, Any]:
+    """Content of a policy's YAML file, given by name (in ``config/policies``) or path; empty for no name.
+
+    Raises:
+        ConfigError: If there is no such file, or it is not a YAML mapping.
+    """
+    if not name_or_path:
+        return {}
+    folder = share_directory() / "config" / "policies"
+    path = Path(name_or_path).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        path = folder / f"{name_or_path}.yaml"
     try:
-        return getattr(importlib.import_module(module), name)(path, **options)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise ConfigError(f"policy {kind!r} does not take these options: {error}") from error
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        names = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise ConfigError(f"policy_config {name_or_path!r} cannot be read ({path}), shipped are {names}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"policy_config {path}: not YAML: {error}") from error
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"policy_config {path} is {type(mapping).__name__}, allowed is a mapping of keys to values")
+    return mapping

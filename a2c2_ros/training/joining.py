@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from a2c2_ros.core.errors import ConfigError
-from a2c2_ros.training.cache_chunks import load_chunks
+from a2c2_ros.training.cache_chunks import load_chunks, load_language
 from a2c2_ros.training.dataset import Demonstrations
 
 EXECUTED_FOLDER = "executed"
@@ -138,10 +138,14 @@ class BaseChunks:
     slot: np.ndarray  # (N,) int64, k of the base action that was executed at the frame; -1: none is known
     action: np.ndarray  # (N, A) float32, that base action
     latent: np.ndarray  # (N, Z) float32, of its chunk
+    language: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # instruction to the policy's (L,)
+    # float32 embedding; empty: the package embeds for this policy
 
     @classmethod
-    def of_cache(cls, actions: np.ndarray, latents: np.ndarray) -> Self:
-        """Cached chunks, see :func:`cache_chunks.load_chunks`; nothing was executed."""
+    def of_cache(
+        cls, actions: np.ndarray, latents: np.ndarray, language: Mapping[str, np.ndarray] | None = None
+    ) -> Self:
+        """Cached chunks, see ``load_chunks`` and ``load_language`` of ``cache_chunks``; nothing was executed."""
         frames = actions.shape[1]
         return cls(
             actions=actions,
@@ -150,6 +154,7 @@ class BaseChunks:
             slot=np.full(frames, -1),
             action=np.zeros((frames, actions.shape[3]), dtype=np.float32),
             latent=np.zeros((frames, latents.shape[2]), dtype=np.float32),
+            language=language or {},
         )
 
 
@@ -173,7 +178,7 @@ def load_base(root: str | Path, data: Demonstrations, policy_id: str, cache: boo
         if len(executed["slot"]) != len(data):
             raise ConfigError(f"{path} is of {len(executed['slot'])} frames, the data set has {len(data)}")
     if executed is None or cache or folder.is_dir():
-        chunks = BaseChunks.of_cache(*load_chunks(folder, data))
+        chunks = BaseChunks.of_cache(*load_chunks(folder, data), load_language(folder))
     else:
         horizon, actions = executed["actions"].shape[1:]
         chunks = dataclasses.replace(
@@ -211,9 +216,11 @@ def concatenate_chunks(parts: Sequence[BaseChunks]) -> BaseChunks:
         return parts[0]
     views = np.arange(max(len(part.actions) for part in parts))
     values = {}
-    for name in (field.name for field in dataclasses.fields(BaseChunks)):
+    for name in (item.name for item in dataclasses.fields(BaseChunks)):
         arrays = [getattr(part, name) for part in parts]
-        if name in ("actions", "latents"):
+        if name == "language":
+            values[name] = {text: embedding for known in arrays for text, embedding in known.items()}
+        elif name in ("actions", "latents"):
             values[name] = np.concatenate([array[views % len(array)] for array in arrays], axis=1)
         else:
             values[name] = np.concatenate(arrays)

@@ -199,11 +199,12 @@ def visit(
 def run_block(args: argparse.Namespace, task: int, first: int, last: int) -> None:
     """Record the missing episodes ``first`` to ``last - 1`` of a task."""
     from a2c2_ros.heads.onnx_head import OnnxHead
+    from a2c2_ros.policies.base import PolicyOptions
     from a2c2_ros.policies.registry import load_policy
     from a2c2_ros.sim.libero_env import LiberoEnv
 
     robot = load_profile("libero").robot
-    policy = load_policy("flow", str(model_path(args.policy)), threads=1)
+    policy = load_policy("flow", args.policy, PolicyOptions(threads=1))
     head = OnnxHead(model_path(args.head)) if args.head else None
     loop = CorrectionLoop(ControllerConfig(correction__enabled=head is not None, lockstep=True), robot, head)
     with LiberoEnv(task) as env:

@@ -1,13 +1,13 @@
 """Train a correction head on base chunks.
 
-``python -m a2c2_ros.training.train_head --data DIR --policy DIR --out DIR``. Paper equation 8 and 9:
+``python -m a2c2_ros.training.train_head --data DIR --policy POLICY --out DIR``. Paper equation 8 and 9:
 (o_{t+k}, Â_t[k], τ_k, z_t, l) -> a_{t+k} - Â_t[k], k uniform, mean squared error. Ablations and controls are options;
 what they take away is taken away by the exported graph, too, so that a control loop runs every head alike.
 """
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from a2c2_ros.core.errors import ConfigError
+from a2c2_ros.core.errors import ConfigError, PolicyError
 from a2c2_ros.core.features import time_feature
 from a2c2_ros.heads.base import ABLATIONS, ARCHITECTURES, Head, head_type, load_head, save_head, variant
 from a2c2_ros.policies.flow import FlowNetwork, load_network
+from a2c2_ros.training.cache_chunks import DESCRIPTION_FILE, PolicyFacts, language_rows, load_facts
 from a2c2_ros.training.dataset import Augmentation, Demonstrations, load_demonstrations, observations
 from a2c2_ros.training.joining import BaseChunks, JoinedDemonstrations, concatenate, concatenate_chunks, load_base
 from a2c2_ros.training.loop import LoopConfig, train
 from a2c2_ros.training.record import fingerprint, plot_losses, write_record
-from a2c2_ros.training.train_policy import SLOT_RANGE, VALIDATION_FRAMES, describe, language_table
+from a2c2_ros.training.train_policy import SLOT_RANGE, VALIDATION_FRAMES, describe, language_table, statistics
 
 VALIDATION_DRAWS = 8  # slots per frame
 VALIDATION_BATCH = 128  # frames
 PAPER_STEPS = 200_000
+MIN_LATENT_STD = 0.01  # in means of the latent's standard deviations; what hardly varies is not blown up
 
 LOSS_UNITS = {"action": "action units", "deviation": "action standard deviations"}
 RECIPES = {
@@ -88,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line; ``RECIPES`` has further defaults."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", type=Path, nargs="+", required=True, help="one or more LeRobotDatasets, joined")
-    p.add_argument("--policy", type=Path, required=True, help="policy folder")
+    p.add_argument(
+        "--policy", required=True, help="folder of a flow policy, or the id of any policy with cached chunks"
+    )
     p.add_argument("--out", type=Path, required=True, help="folder of the head")
     p.add_argument("--holdout", type=float, default=0.05, help="must be the policy's")
     p.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="compact", help="default compact")
@@ -135,36 +139,94 @@ def main(argv: Sequence[str] | None = None) -> None:
         executed=arguments.executed,
     )
     loop = LoopConfig.from_arguments(arguments)
-    policy = load_network(arguments.policy)
-    parts = [load_demonstrations(root, policy.config.cameras) for root in arguments.data]
+    policy, facts = find_policy(arguments.policy, arguments.data)
+    parts = [load_demonstrations(root, facts.cameras) for root in arguments.data]
     data = concatenate(parts)
     chunks = concatenate_chunks(
         [
-            load_base(root, part, policy.config.policy_id, cache=recipe.executed < 1.0)
+            load_base(root, part, facts.policy_id, cache=recipe.executed < 1.0)
             for root, part in zip(arguments.data, parts, strict=True)
         ]
     )
+    facts.check(data, chunks.actions, chunks.latents)
     torch.manual_seed(loop.seed)
     head = make_head(
         arguments.architecture,
-        policy,
+        policy or described(facts, data),
         data.data_hash,
         image_size=arguments.image_size,
         without=tuple(arguments.without),
         residual_limit=arguments.residual_limit,
         reactive=arguments.reactive,
     )
+    if policy is None:
+        training, _ = data.split(arguments.holdout)
+        head.set_statistics(statistics(data, training, embeddings(data, chunks)) | latent_statistics(chunks, training))
     train_head(data, chunks, head, loop, arguments.out, arguments.holdout, recipe)
 
 
+def find_policy(policy: str, roots: Sequence[Path]) -> tuple[FlowNetwork | None, PolicyFacts]:
+    """The base policy by its folder or, for one that is known from its cached chunks only (None), by its id.
+
+    Args:
+        policy: Folder of a flow policy, or a policy id.
+        roots: Folders of the data sets.
+
+    Raises:
+        ConfigError: If it is neither, or the data sets have caches of different policies by this id.
+    """
+    cached = {path.parent for root in roots for path in (root / "chunks").glob(f"*/{DESCRIPTION_FILE}")}
+    if folders := sorted(folder for folder in cached if folder.name == policy):
+        first, *others = [load_facts(folder) for folder in folders]
+        if wrong := [other for other in others if other != first]:
+            raise ConfigError(f"the caches {list(map(str, folders))} are of different policies: {first} and {wrong[0]}")
+        return None, first
+    try:
+        network = load_network(policy)
+    except PolicyError as error:
+        known = sorted({folder.name for folder in cached})
+        raise ConfigError(
+            f"policy is {policy!r}: no data set has cached chunks of such a policy id, cached are {known}, and it is "
+            f"not the folder of a flow policy: {error}"
+        ) from error
+    return network, PolicyFacts.of(network.config, kind="flow")
+
+
+def described(facts: PolicyFacts, data: Demonstrations) -> dict[str, object]:
+    """What a head has to know of a policy and its data."""
+    return dataclasses.asdict(facts) | {"step_ns": data.step_ns, "state_names": data.state_names}
+
+
+def embeddings(data: Demonstrations, chunks: BaseChunks) -> Tensor:
+    """Embeddings (tasks, L) float32 of the instructions by the base policy.
+
+    Raises:
+        ConfigError: If one is missing in the caches.
+    """
+    return language_rows(chunks.language, data) if chunks.language else language_table(data)
+
+
+def latent_statistics(chunks: BaseChunks, training: np.ndarray) -> dict[str, Tensor]:
+    """``latent_mean`` and ``latent_std`` over the clean views of the training frames that are cached."""
+    latents = torch.tensor(chunks.latents[0, training[chunks.cached[training]]])
+    std = latents.std(0)
+    return {"latent_mean": latents.mean(0), "latent_std": std.clamp(min=(MIN_LATENT_STD * std.mean()).clamp(min=1e-6))}
+
+
 def make_head(
-    architecture: str, policy: FlowNetwork, data_hash: str, *, image_size: int = 0, **options: object
+    architecture: str,
+    policy: FlowNetwork | Mapping[str, object],
+    data_hash: str,
+    *,
+    image_size: int = 0,
+    **options: object,
 ) -> Head:
     """An untrained head for a policy; an MLP takes no cameras.
 
     Args:
         architecture: Key of ``ARCHITECTURES``.
-        policy: Base policy.
+        policy: Base policy, whose statistics and encoder the head starts from; or what is :func:`described` of it: the
+            head has random weights then, and no statistics.
         data_hash: Of the data that it will be trained on.
         image_size: Side that a transformer's images are scaled to [pixels]; 0 leaves them.
         **options: Further fields of :class:`HeadConfig`: ``without``, ``residual_limit``, ``reactive``.
@@ -178,7 +240,9 @@ def make_head(
         options["encoded_size"] = image_size
     if architecture == "mlp":
         options["cameras"] = ()
-    return head_type(architecture).for_policy(policy, data_hash, **options)
+    cls = head_type(architecture)
+    make = cls.for_policy if isinstance(policy, FlowNetwork) else cls.of_facts
+    return make(policy, data_hash, **options)
 
 
 def draw_bases(
@@ -262,7 +326,7 @@ def train_head(
     known = chunks.cached | (chunks.slot >= 0)
     training, validation = (indices[known[indices]] for indices in data.split(holdout))
     validation = np.random.default_rng(0).permutation(validation)[:VALIDATION_FRAMES]
-    language = language_table(data)
+    language = embeddings(data, chunks)
     cached = training[chunks.cached[training]]
     of_task = [cached[data.task[cached] == task] for task in range(len(data.instructions))]
     if recipe.mismatch and not all(len(frames) for frames in of_task):
@@ -361,9 +425,9 @@ def train_head(
 def departures(head: Head, recipe: HeadRecipe, loop: LoopConfig, steps: int, views: int) -> list[str]:
     """What differs from the paper's training of its head, in words."""
     config, paper = head.config, RECIPES["paper"]
+    origin = "the base policy's" if head.encoder_of_policy else "random weights"
     found = {
-        "compact": "Compact network, its encoder initialised from the base policy's, instead of ResNet-18 and a "
-        "transformer.",
+        "compact": f"Compact network, its encoder initialised from {origin}, instead of ResNet-18 and a transformer.",
         "mlp": "Multilayer perceptron without images instead of ResNet-18 and a transformer.",
         "transformer": "ResNet-18 starts from random weights instead of ImageNet's.",
     }

@@ -191,21 +191,36 @@ def language_table(data: Demonstrations) -> Tensor:
     return torch.tensor(np.stack([encoder.embed(text) for text in data.instructions]))
 
 
+def statistics(data: Demonstrations, training: np.ndarray, language: Tensor) -> dict[str, Tensor]:
+    """``NAME_mean`` and ``NAME_std`` of state, language, action and objects, as networks and heads normalise by them.
+
+    Args:
+        data: Demonstrations.
+        training: Frames that count.
+        language: (tasks, L), embeddings of all instructions.
+    """
+    scale = language.std() if len(language) > 1 else torch.tensor(1.0)
+    result = {
+        "language_mean": language.mean(0),
+        # One scale for all: instructions of a suite differ in few directions, a scale each would amplify the rest.
+        "language_std": (language - language.mean(0)).std().clamp(min=0.1 * scale).expand(language.shape[1]),
+    }
+    rows = (("state", data.state, 1e-3), ("action", data.action, MIN_STD), ("objects", data.objects, 1e-3))
+    for name, values, minimum in rows:
+        values = torch.tensor(values[training])
+        if not values.shape[1]:
+            continue
+        result |= {f"{name}_mean": values.mean(0), f"{name}_std": values.std(0).clamp(min=minimum)}
+    return result
+
+
 def normalise(network: FlowNetwork, data: Demonstrations, training: np.ndarray, language: Tensor) -> None:
     """Set all statistics of a network from the training frames."""
-    state = torch.tensor(data.state[training])
-    scale = language.std() if len(language) > 1 else torch.tensor(1.0)
-    network.encoder.set_normalisation(
-        state_mean=state.mean(0),
-        state_std=state.std(0).clamp(min=1e-3),
-        language_mean=language.mean(0),
-        # One scale for all: instructions of a suite differ in few directions, a scale each would amplify the rest.
-        language_std=(language - language.mean(0)).std().clamp(min=0.1 * scale).expand(language.shape[1]),
-    )
-    for name, values, minimum in (("action", data.action, MIN_STD), ("objects", data.objects, 1e-3)):
-        values = torch.tensor(values[training])
-        getattr(network, f"{name}_mean").copy_(values.mean(0))
-        getattr(network, f"{name}_std").copy_(values.std(0).clamp(min=minimum))
+    for name, value in statistics(data, training, language).items():
+        if name.startswith(("state", "language")):
+            network.encoder.set_normalisation(**{name: value})
+        else:
+            getattr(network, name).copy_(value)
 
 
 def targets(data: Demonstrations, model: FlowNetwork, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
