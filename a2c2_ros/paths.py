@@ -42,8 +42,9 @@ def model_path(name_or_path: str) -> Path:
         ConfigError: If it is in neither place.
     """
     given = Path(name_or_path).expanduser()
-    shipped = share_directory() / "models" / name_or_path
-    for path in (given, shipped):
+    shipped = share_directory() / "models"
+    for path in (given, shipped / name_or_path):
         if name_or_path and path.exists():
             return path
-    raise ConfigError(f"model {name_or_path!r} does not exist, neither at {given} nor at {shipped}")
+    names = sorted(path.name for path in shipped.iterdir() if path.is_dir())
+    raise ConfigError(f"model {name_or_path!r} does not exist, neither as a path nor in the package's models {names}")

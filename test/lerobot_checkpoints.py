@@ -4,14 +4,11 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies import get_policy_class, make_policy_config, make_pre_post_processors
 
+from a2c2_ros.training.smolvla import save_vlm
+
 HORIZON, STATE, ACTION, SIDE = 50, 8, 7, 128
 CAMERAS = ("observation.images.agentview", "observation.images.wrist")
 WORDS = ["pick", "up", "the", "black", "bowl", "and", "place", "it", "on", "plate", "warm", "move"]
-SPECIAL = {
-    "fake_image_token": "<fake_token_around_image>",
-    "global_image_token": "<global-img>",
-    "image_token": "<image>",
-}
 
 
 def features(cameras=CAMERAS, side=SIDE, state=STATE):
@@ -61,39 +58,7 @@ def save_diffusion(folder, **settings):
 
 def save_smolvla(folder, **settings):
     """With its VLM's configuration and tokenizer in ``vlm`` inside the folder."""
-    save_vlm(folder / "vlm")
+    save_vlm(folder / "vlm", "tiny", WORDS)
     small = {"vlm_model_name": str(folder / "vlm"), "num_vlm_layers": 2, "expert_width_multiplier": 0.5}
     small |= {"resize_imgs_with_padding": (64, 64), "chunk_size": HORIZON, "n_action_steps": HORIZON, "num_steps": 3}
     return save(folder, "smolvla", **small | settings)
-
-
-def save_vlm(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        PreTrainedTokenizerFast,
-        SmolVLMConfig,
-        SmolVLMImageProcessor,
-        SmolVLMProcessor,
-        SmolVLMVideoProcessor,
-    )
-
-    words = ["<pad>", "<unk>", "\n", *SPECIAL.values(), *WORDS]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", extra_special_tokens=SPECIAL
-    )
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": len(words), "model_type": "llama"}
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 64, "patch_size": 16}
-    SmolVLMConfig(
-        text_config=text | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1},
-        vision_config=vision,
-        scale_factor=2,
-        image_token_id=words.index("<image>"),
-        pad_token_id=0,
-    ).save_pretrained(folder)
-    SmolVLMProcessor(SmolVLMImageProcessor(), tokenizer, SmolVLMVideoProcessor()).save_pretrained(folder)

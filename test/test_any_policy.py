@@ -89,6 +89,27 @@ def test_a_smolvla_with_real_time_chunking(tmp_path):
     assert [name.split("-")[0] for name in summary["policy_ids"]] == ["smolvla"]
     assert summary["chunk_delay_steps_p50"] == 5
 
+    cell = ("--method", "rtc", "--policy", str(path), "--horizon", "20", "--delay", "5", "--max-steps", "30")
+    command("a2c2_ros.evaluation.libero", *cell, "--tasks", "0", "--episodes", "1", "--out", str(tmp_path / "row.json"))
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert [row["policy_id"]] == summary["policy_ids"], "the tables name the policy without loading it"
+    assert (row["total"]["episodes"], row["total"]["exceptions"], row["refused_chunks"]) == (1, 0, 0)
+
+
+@pytest.mark.timeout(300)
+def test_smolvla_trained_from_random_weights(libero_demonstrations, tmp_path):
+    out = tmp_path / "smolvla"
+    options = ("--data", str(libero_demonstrations), "--out", str(out), "--size", "tiny", "--batch-size", "2")
+    for steps in ("2", "3"):  # the second goes on
+        command("a2c2_ros.training.smolvla", *options, "--workers", "0", "--save-every", "1", "--steps", steps)
+    assert sorted(int(folder.name) for folder in (out / "lerobot" / "checkpoints").glob("0*")) == [1, 2, 3]
+    data, profile = load_demonstrations(libero_demonstrations), load_profile("libero")
+    moved = out.rename(tmp_path / "moved")
+    policy = load_policy("lerobot", moved, PolicyOptions(robot=profile.robot, camera_shapes=profile.camera_shapes()))
+    observation = {name: images[0] for name, images in data.frames.items()} | {"state": data.state[0]}
+    assert policy.predict(observation, data.instructions[0], seed=0).actions.shape == (50, 7)
+    assert str(tmp_path) not in "".join(path.read_text() for path in moved.glob("*.json")), "no path of this machine"
+
 
 @pytest.mark.timeout(300)
 def test_a_policy_server_and_the_head_of_its_policy(tmp_path):

@@ -469,9 +469,11 @@ def test_unusable_caches_are_refused(copied_root, cached, tmp_path):
     refused("language.npz is missing")
 
 
-def test_a_checkpoint_folder_is_not_taken_for_a_flow_policy(folders, root, cached):
-    with pytest.raises(ConfigError, match=f"cached are .*'{cached['act'].name}'.*not the folder of a flow policy"):
-        find_policy(str(folders["act"]), [root])
+def test_the_folder_of_a_checkpoint_names_its_cache(folders, root, cached, tmp_path):
+    network, facts = find_policy(str(folders["act"]), [root])
+    assert network is None and facts.policy_id == cached["act"].name
+    with pytest.raises(ConfigError, match=f"{cached['act'].name}.*cached are"):
+        find_policy(str(folders["act"]), [tmp_path])
 
 
 def test_caches_of_two_data_sets_must_be_of_one_policy(copied_root, root, cached):

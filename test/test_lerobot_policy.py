@@ -350,6 +350,18 @@ def test_damaged_checkpoints_are_refused(folders, copy):
     refused("model.safetensors", "safetensors only")
 
 
+def test_a_moved_checkpoint_brings_its_vlm_along(folders, tmp_path):
+    folder = shutil.copytree(folders["smolvla"], tmp_path / "moved")
+    before = load(folder).predict(observation(), INSTRUCTION, seed=0)
+    edit(folder / "config.json", lambda d: d.update(vlm_model_name="nobody/nothing"))
+    edit(folder / "policy_preprocessor.json", lambda d: _tokenizer_config(d).update(tokenizer_name="nobody/nothing"))
+    after = load(folder).predict(observation(), INSTRUCTION, seed=0)
+    np.testing.assert_array_equal(before.actions, after.actions)
+    shutil.rmtree(folder / "vlm")
+    with pytest.raises(PolicyError, match="moved"):
+        load(folder)
+
+
 def test_weights_that_lerobot_would_leave_random_are_an_error(folders, copy):
     from safetensors.torch import load_file, save_file
 

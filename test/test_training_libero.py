@@ -12,7 +12,7 @@ import yaml
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.evaluation.grid import default_grid, load_grid
 from a2c2_ros.paths import share_directory
-from a2c2_ros.training import cache_chunks, demonstrations, libero, on_policy, train_head, train_policy
+from a2c2_ros.training import cache_chunks, demonstrations, libero, on_policy, smolvla, train_head, train_policy
 
 PLAN = {
     "data": "data/demos",
@@ -61,6 +61,13 @@ def test_commands_name_data_policy_and_options():
     assert "--workers 1" in commands["big"]
 
 
+def test_a_policy_of_another_kind_has_its_trainer():
+    plan = PLAN | {"policies": PLAN["policies"] | {"vla": {"kind": "smolvla", "size": "tiny"}}}
+    commands = {step.name: " ".join(step.command) for step in libero.steps(plan, 2)}
+    assert commands["vla"] == "training.smolvla --data data/demos --out models/vla --workers 2 --size tiny"
+    assert commands["vla: chunks"].endswith("--policy models/vla --workers 2 --views 1 --kind lerobot")
+
+
 def test_what_exists_is_kept_and_a_failure_ends_the_run(plan_file, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     products = {step.command: step.product for step in libero.steps(PLAN, 2)}
@@ -106,6 +113,7 @@ def products_of(name: str) -> Path:
         ({"heads": {"a": {"policy": "none"}}}, "a has the policy 'none'"),
         ({"heads": {"a": {"visited": ["none"]}}}, r"a has visited \['none'\]"),
         ({"visited": {"seen": {"head": "none"}}}, "seen has the head 'none'"),
+        ({"policies": {"base": {"kind": "oracle"}}}, "base is of the kind 'oracle'.*smolvla"),
         ({"more": {}}, "needed are"),
     ],
 )
@@ -120,6 +128,7 @@ def test_the_shipped_plan_is_accepted_by_the_commands():
     parsers = {
         "training.demonstrations": demonstrations.parser,
         "training.train_policy": train_policy.parser,
+        "training.smolvla": smolvla.parser,
         "training.cache_chunks": cache_chunks.parser,
         "training.train_head": train_head.parser,
         "training.on_policy": on_policy.parser,

@@ -24,6 +24,7 @@ from a2c2_ros.evaluation.methods import METHODS
 from a2c2_ros.evaluation.statistics import Outcomes, wilson_interval
 from a2c2_ros.heads.onnx_head import read_graph, read_manifest
 from a2c2_ros.paths import model_path
+from a2c2_ros.policies.lerobot_files import LeRobotMapping, checkpoint_id, chunk_size, is_checkpoint
 from a2c2_ros.sim import conventions
 
 EXPERT = "expert"
@@ -157,10 +158,16 @@ def differing(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
 def policy_facts(path: str) -> dict[str, Any]:
     """``policy_id``, ``horizon`` and ``prefix_slots`` (0: not trained for training-time RTC) of a policy folder.
 
+    A folder is a flow policy's or a LeRobot checkpoint.
+
     Raises:
         ConfigError: If the folder or its configuration is missing or damaged.
+        PolicyError: If a LeRobot checkpoint does not tell the length of its chunks.
     """
     file = model_path(path) / "config.json"
+    if is_checkpoint(file.parent):
+        facts = {"policy_id": checkpoint_id(file.parent, LeRobotMapping()), "horizon": chunk_size(file.parent)}
+        return facts | {"prefix_slots": 0}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         return {

@@ -23,6 +23,7 @@ from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation.cells import EXPERT, STATIC, SWAP, Cell
 from a2c2_ros.paths import model_path
+from a2c2_ros.policies.lerobot_files import is_checkpoint
 from a2c2_ros.sim import conventions
 
 MODELS_KEPT = 2
@@ -75,7 +76,9 @@ def _policy(path: str) -> Any:
     from a2c2_ros.policies.base import PolicyOptions
     from a2c2_ros.policies.registry import load_policy
 
-    return load_policy("flow", path, PolicyOptions(threads=1))
+    profile, folder = load_profile("libero"), model_path(path)
+    options = PolicyOptions(threads=1, robot=profile.robot, camera_shapes=profile.camera_shapes())
+    return load_policy("lerobot" if is_checkpoint(folder) else "flow", folder, options)
 
 
 @functools.lru_cache(maxsize=MODELS_KEPT)

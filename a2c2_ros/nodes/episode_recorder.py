@@ -15,7 +15,7 @@ from std_msgs.msg import String
 from a2c2_ros.core.config import Parameters, parameter
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.msg import ActionChunk, ControlStep, EpisodeStatus
+from a2c2_ros.msg import ActionChunk, ControlStep, EpisodeStatus, PlannerTiming
 from a2c2_ros.nodes.runtime import NodeParameters, PlainNode, run
 from a2c2_ros.paths import share_directory
 
@@ -49,6 +49,7 @@ class EpisodeRecorder(PlainNode):
             "instruction": String,
             "action_chunk": ActionChunk,
             "control_step": ControlStep,
+            "planner_timing": PlannerTiming,
             "episode": EpisodeStatus,
         }
         if profile.ee_pose_topic is not None:

@@ -5,12 +5,11 @@ the environment says HF_HUB_OFFLINE=0.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,9 @@ from torch import Tensor, nn
 from a2c2_ros.core.errors import ConfigError, PolicyError
 from a2c2_ros.policies.base import Continuation, PolicyOptions, PolicyOutput, check_observation
 from a2c2_ros.policies.language import InstructionEncoder
+from a2c2_ros.policies.lerobot_files import VLM_FOLDER, WEIGHTS_FILE, LeRobotMapping, checkpoint_id
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHTS_FILE = "model.safetensors"
-VLM_FOLDER = "vlm"
-"""In a checkpoint's folder: configuration and tokenizer of its vision-language model, in the place of those that the
-checkpoint names; so a checkpoint can be moved as a whole."""
 PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 RESIZING_FIELDS = ("resize_imgs_with_padding", "image_resolution", "resize_shape")
 """Fields of LeRobot's configurations that say that the policy brings images of any size to its own."""
@@ -89,54 +85,6 @@ LATENT_PLACES = {
 """Place of the latent per policy family; the others have to be named in the YAML file."""
 
 
-@dataclass(frozen=True)
-class LeRobotMapping:
-    """The YAML file of a LeRobot policy; every key may be left out.
-
-    Raises:
-        ConfigError: If a value is not of its kind.
-    """
-
-    cameras: Mapping[str, str] = field(default_factory=dict)  # camera of the robot to image feature of the policy
-    empty_cameras: tuple[str, ...] = ()  # image features that are not given, for families that allow it
-    state: str = OBS_STATE  # the policy's feature for the robot's state
-    image_size: int = 0  # images are resized to this side for the policy [pixels]; 0: as they come
-    latent: str = "auto"  # dotted path of the module whose output is the latent; auto: LATENT_PLACES
-    action_names: tuple[str, ...] = ()  # order of the policy's action, to be checked against the robot's
-    tokenizer: str = ""  # folder or hub id, in the place of the one that the checkpoint names
-    config: Mapping[str, Any] = field(default_factory=dict)  # fields of LeRobot's configuration to change
-    rtc: Mapping[str, Any] = field(default_factory=dict)  # fields of LeRobot's RTCConfig to change
-
-    def __post_init__(self) -> None:
-        for name in ("empty_cameras", "action_names"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        kinds = {"cameras": Mapping, "config": Mapping, "rtc": Mapping, "image_size": int} | {
-            "empty_cameras": tuple,
-            "action_names": tuple,
-        }
-        for item in dataclasses.fields(self):
-            value, kind = getattr(self, item.name), kinds.get(item.name, str)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ConfigError(f"entry {item.name!r} of the policy's YAML file is {value!r}, allowed is {kind}")
-        if self.image_size < 0:
-            raise ConfigError(
-                f"entry 'image_size' of the policy's YAML file is {self.image_size}, allowed is 0 or more"
-            )
-
-    @classmethod
-    def of(cls, mapping: Mapping[str, Any]) -> "LeRobotMapping":
-        """From the content of a YAML file.
-
-        Raises:
-            ConfigError: If a key is unknown or a value is not of its kind.
-        """
-        allowed = {item.name for item in dataclasses.fields(cls)}
-        if unknown := sorted(set(mapping) - allowed):
-            raise ConfigError(f"the policy's YAML file has {unknown}, allowed are {sorted(allowed)}")
-        return cls(**mapping)
-
-
 class LeRobotPolicy:
     """A LeRobot checkpoint as a :class:`ChunkPolicy`.
 
@@ -171,7 +119,7 @@ class LeRobotPolicy:
         self._name = f"{self.family} policy {path}"
         self._vlm = str(folder / VLM_FOLDER) if (folder / VLM_FOLDER).is_dir() else ""
         self._autocast = self._configure(config, options)
-        self.policy_id = f"{self.family}-{self._fingerprint(folder)}"
+        self.policy_id = checkpoint_id(folder, self._mapping)
         features = config.input_features or {}
         self._images = {name: tuple(f.shape) for name, f in features.items() if f.type is FeatureType.VISUAL}
         self._state = self._match_state(config)
@@ -512,15 +460,6 @@ class LeRobotPolicy:
                 tensor = state[name].cpu()
                 if not torch.equal(tensor, file.get_tensor(stored[name]).to(tensor.dtype)):
                     raise PolicyError(f"{path}: LeRobot did not load {name!r}")
-
-    def _fingerprint(self, folder: Path) -> str:
-        """Of everything that decides what the policy answers: its files, and what the YAML file changes."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self._mapping), sort_keys=True, default=str).encode())
-        for path in sorted([folder / "config.json", *folder.glob("policy_p*.json"), *folder.glob("*.safetensors")]):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()[:8]
 
     def _probe(self) -> PolicyOutput:
         """One inference tells H and the size of the latent for any family."""

@@ -20,6 +20,8 @@ from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.paths import share_directory
 
 PLAN_FILE = "libero_training.yaml"
+TRAINERS = {"flow": "training.train_policy", "smolvla": "training.smolvla"}
+"""Command per kind of policy."""
 SECTIONS = ("data", "models", "demonstrations", "policies", "heads", "visited")
 
 
@@ -56,6 +58,9 @@ def load_plan(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(plan, dict) or sorted(plan) != sorted(SECTIONS):
         raise ConfigError(f"{path} has the sections {sorted(plan or [])}, needed are {sorted(SECTIONS)}")
+    for name, values in plan["policies"].items():
+        if values.get("kind", "flow") not in TRAINERS:
+            raise ConfigError(f"{path}: {name} is of the kind {values['kind']!r}, allowed are {list(TRAINERS)}")
     for section in ("policies", "heads", "visited"):
         for name, values in plan[section].items():
             for key, there in (("policy", "policies"), ("head", "heads")):
@@ -127,11 +132,13 @@ def steps(plan: Mapping[str, Any], workers: int) -> Iterator[Step]:
         **plan["demonstrations"],
     )
     for name, values in plan["policies"].items():
-        folder = models / name
-        yield step(
-            name, "training.train_policy", folder / "training.json", data=data, out=folder, workers=workers, **values
-        )
-        yield step(f"{name}: chunks", "training.cache_chunks", None, data=data, policy=folder, workers=workers, views=1)
+        folder, kind = models / name, values.get("kind", "flow")
+        others = {key: value for key, value in values.items() if key != "kind"}
+        yield step(name, TRAINERS[kind], folder / "training.json", data=data, out=folder, workers=workers, **others)
+        caching = {"data": data, "policy": folder, "workers": workers, "views": 1}
+        if kind != "flow":
+            caching["kind"] = "lerobot"
+        yield step(f"{name}: chunks", "training.cache_chunks", None, **caching)
     for name in plan["heads"]:
         yield from trained(name)
 

@@ -8,6 +8,7 @@ checkpoint.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.robot import Robot
-from a2c2_ros.policies.lerobot import VLM_FOLDER
+from a2c2_ros.policies.lerobot_files import VLM_FOLDER
 from a2c2_ros.training.dataset import IMAGE_PREFIX, Demonstrations, load_demonstrations
 from a2c2_ros.training.record import write_record
 
@@ -93,17 +94,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
     if result.returncode:
         sys.exit(f"lerobot-train ended with {result.returncode}")
-    for path in last.iterdir():
-        shutil.copy2(path, out / path.name)
+    collect(last, out)
     record: dict[str, object] = {
         "size": arguments.size,
         "architecture": SIZES[arguments.size],
         "data": {"hash": data.data_hash, "frames": len(data), "holdout": arguments.holdout},
-        "seconds_since_start_or_resume": round(time.time() - started_s, 1),
-        "lerobot_options": [option for option in options if not option.startswith("--dataset.episodes")],
+        "hyper_parameters": {
+            name: getattr(arguments, name) for name in ("steps", "batch_size", "learning_rate", "seed", "device")
+        },
+        "lerobot_train": arguments.trainer,
+        "seconds": round(time.time() - started_s, 1),  # since the start or, after a kill, since the last checkpoint
     }
     write_record(out / "training.json", record)
     print(f"policy:=lerobot policy_path:={arguments.out}")
+
+
+def collect(checkpoint: Path, out: Path) -> None:
+    """Copy a checkpoint of lerobot-train beside its vision-language model, so that both can be moved together."""
+    for path in [*checkpoint.glob("*.safetensors"), *checkpoint.glob("policy_*.json"), checkpoint / "config.json"]:
+        shutil.copy2(path, out / path.name)
+    # Where it was made and where it was continued from says nothing elsewhere.
+    places = {"vlm_model_name": VLM_FOLDER, "tokenizer_name": VLM_FOLDER, "pretrained_path": None}
+    for name in ("config.json", "policy_preprocessor.json"):
+        settings = json.loads((out / name).read_text(encoding="utf-8"))
+        for part in [settings, *(step["config"] for step in settings.get("steps", []))]:
+            part.update({key: value for key, value in places.items() if key in part})
+        (out / name).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
 def trainer_options(arguments: argparse.Namespace, data: Demonstrations, out: Path) -> list[str]:

@@ -19,6 +19,7 @@ from a2c2_ros.core.errors import ConfigError, PolicyError
 from a2c2_ros.core.features import time_feature
 from a2c2_ros.heads.base import ABLATIONS, ARCHITECTURES, Head, head_type, load_head, save_head, variant
 from a2c2_ros.policies.flow import FlowNetwork, load_network
+from a2c2_ros.policies.lerobot_files import LeRobotMapping, checkpoint_id, is_checkpoint
 from a2c2_ros.training.cache_chunks import DESCRIPTION_FILE, PolicyFacts, language_rows, load_facts
 from a2c2_ros.training.dataset import Augmentation, Demonstrations, load_demonstrations, observations
 from a2c2_ros.training.joining import BaseChunks, JoinedDemonstrations, concatenate, concatenate_chunks, load_base
@@ -91,7 +92,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", type=Path, nargs="+", required=True, help="one or more LeRobotDatasets, joined")
     p.add_argument(
-        "--policy", required=True, help="folder of a flow policy, or the id of any policy with cached chunks"
+        "--policy",
+        required=True,
+        help="folder of a flow policy or a LeRobot checkpoint, or the id of any policy with cached chunks",
     )
     p.add_argument("--out", type=Path, required=True, help="folder of the head")
     p.add_argument("--holdout", type=float, default=0.05, help="must be the policy's")
@@ -169,12 +172,14 @@ def find_policy(policy: str, roots: Sequence[Path]) -> tuple[FlowNetwork | None,
     """The base policy by its folder or, for one that is known from its cached chunks only (None), by its id.
 
     Args:
-        policy: Folder of a flow policy, or a policy id.
+        policy: Folder of a flow policy or of a LeRobot checkpoint that needs no YAML file, or a policy id.
         roots: Folders of the data sets.
 
     Raises:
         ConfigError: If it is neither, or the data sets have caches of different policies by this id.
     """
+    if is_checkpoint(Path(policy)):
+        policy = checkpoint_id(Path(policy), LeRobotMapping())
     cached = {path.parent for root in roots for path in (root / "chunks").glob(f"*/{DESCRIPTION_FILE}")}
     if folders := sorted(folder for folder in cached if folder.name == policy):
         first, *others = [load_facts(folder) for folder in folders]
