@@ -15,8 +15,7 @@ from a2c2_ros.benchmark.policies import served
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation.cells import policy_facts
 from a2c2_ros.evaluation.worker import _policy as load_for_evaluation
-from a2c2_ros.policies.base import PolicyOptions
-from a2c2_ros.policies.registry import load_policy
+from a2c2_ros.policies.registry import load_policy_for
 from a2c2_ros.training.dataset import load_demonstrations
 from a2c2_ros.training.smolvla import save_random
 
@@ -69,8 +68,7 @@ def test_an_act_that_lerobot_trained_on_our_data(libero_demonstrations, tmp_path
     path = out / "checkpoints" / "last" / "pretrained_model"
 
     data, profile = load_demonstrations(root), load_profile("libero")
-    options = PolicyOptions(threads=1, robot=profile.robot, camera_shapes=profile.camera_shapes())
-    policy = load_policy("lerobot", path, options)
+    policy = load_policy_for(profile, "lerobot", path, threads=1)
     frames = np.arange(5, len(data) - 50, 20)
     expert, inside = data.chunks(frames, policy.horizon)
     chunks = []
@@ -108,7 +106,7 @@ def test_smolvla_trained_from_random_weights(libero_demonstrations, tmp_path):
     assert sorted(int(folder.name) for folder in (out / "lerobot" / "checkpoints").glob("0*")) == [1, 2, 3]
     data, profile = load_demonstrations(libero_demonstrations), load_profile("libero")
     moved = out.rename(tmp_path / "moved")
-    policy = load_policy("lerobot", moved, PolicyOptions(robot=profile.robot, camera_shapes=profile.camera_shapes()))
+    policy = load_policy_for(profile, "lerobot", moved)
     observation = {name: images[0] for name, images in data.frames.items()} | {"state": data.state[0]}
     assert policy.predict(observation, data.instructions[0], seed=0).actions.shape == (50, 7)
     assert str(tmp_path) not in "".join(path.read_text() for path in moved.glob("*.json")), "no path of this machine"

@@ -1,7 +1,5 @@
 """The scripted expert, and the demonstrations that are made with it."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -10,7 +8,6 @@ from a2c2_ros.sim.expert import Expert, Phase
 from a2c2_ros.sim.libero_env import LiberoEnv
 
 DRAWER_TASK = 4
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,14 @@ def test_arguments_reach_the_nodes_that_they_are_for():
     assert set(nodes["episode_monitor"]) >= {a.name for a in LIBERO_SIM_ARGUMENTS}
 
 
+def test_a_head_replaces_that_of_the_parameter_file():
+    nodes = {process.name: process.parameters for process in system(head="mine.onnx", max_steps="9").processes}
+    assert nodes["correction_controller"]["correction.model_path"] == "mine.onnx"
+    assert nodes["libero_sim"]["max_steps"] == 9
+    nodes = {process.name: process.parameters for process in system().processes}
+    assert "correction.model_path" not in nodes["correction_controller"]
+
+
 def test_the_recorder_runs_only_on_request():
     assert "episode_recorder" not in [p.name for p in system().processes]
     assert "episode_recorder" in [p.name for p in system(record="true").processes]

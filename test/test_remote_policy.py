@@ -26,6 +26,7 @@ from websockets.sync.client import connect
 from websockets.sync.server import serve
 
 from a2c2_ros.core.errors import ConfigError, ObservationError, PolicyError
+from a2c2_ros.faults.namespaces import inside, ip
 from a2c2_ros.policies.base import Continuation, PolicyOptions
 from a2c2_ros.policies.registry import load_policy
 from a2c2_ros.policies.remote import RemotePolicy, RemoteSettings, absolute_rotation, pack, unpack
@@ -728,30 +729,20 @@ class Cable:
         self._unplugged = threading.Event()
         try:
             for name, address in self.addresses.items():
-                self._ip("netns", "add", name)
+                ip("netns", "add", name)
                 self._made.append(name)
-                with self.inside(name):
+                with inside(name):
                     self._ends.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
                     request = struct.pack("16sH22x", b"cable", self.IFF_TAP | self.IFF_NO_PI)
                     fcntl.ioctl(self._ends[-1], self.TUNSETIFF, request)
-                self._ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
-                self._ip("-n", name, "link", "set", "lo", "up")
-                self._ip("-n", name, "link", "set", "cable", "up", "multicast", "on")
+                ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+                ip("-n", name, "link", "set", "lo", "up")
+                ip("-n", name, "link", "set", "cable", "up", "multicast", "on")
         except (OSError, subprocess.CalledProcessError) as error:
             self._remove()
             pytest.skip(f"no network namespaces: {getattr(error, 'stderr', '') or error}")
         self._thread = threading.Thread(target=self._carry, daemon=True)
         self._thread.start()
-
-    @contextlib.contextmanager
-    def inside(self, name):
-        """This thread, and the threads and processes that it starts, are in the namespace."""
-        with open("/proc/thread-self/ns/net", "rb") as before, open(f"/run/netns/{name}", "rb") as namespace:
-            os.setns(namespace.fileno(), os.CLONE_NEWNET)
-            try:
-                yield
-            finally:
-                os.setns(before.fileno(), os.CLONE_NEWNET)
 
     def close(self):
         self._unplugged.set()
@@ -780,11 +771,7 @@ class Cable:
         for end in self._ends:
             os.close(end)
         for name in self._made:
-            self._ip("netns", "delete", name)
-
-    @staticmethod
-    def _ip(*arguments):
-        subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True)
+            ip("netns", "delete", name)
 
 
 @pytest.fixture
@@ -796,10 +783,10 @@ def cable():
 
 def test_a_policy_behind_a_slow_network(cable):
     pytest.importorskip("torch")
-    with cable.inside(cable.policy):
+    with inside(cable.policy):
         served = Served("--threads", "1", "--host", cable.addresses[cable.policy])
     try:
-        with cable.inside(cable.robot):
+        with inside(cable.robot):
             policy = load_policy("remote", served.url, PolicyOptions(mapping={"timeout_s": 60.0}))
             outputs = [policy.predict(libero_observation(), INSTRUCTION, seed=0) for _ in range(2)]
             started_ns = time.perf_counter_ns()
@@ -851,12 +838,12 @@ def test_the_planner_behind_a_slow_network(cable, tmp_path, monkeypatch):
     mode = {"lockstep": True, "use_sim_time": True}
     # A process of its own: the DDS library looks at the network interfaces once, and other tests have used it here.
     environment = os.environ | {"ROS_DOMAIN_ID": str(system.domain_id)}
-    with cable.inside(cable.robot):
+    with inside(cable.robot):
         listener = subprocess.Popen([sys.executable, "-c", LISTENER], env=environment)
         try:
             system.start("libero_sim", task=0, episodes=0)
             system.start("correction_controller", **mode)
-            with cable.inside(cable.policy):
+            with inside(cable.policy):
                 system.start("chunk_planner", execution_horizon=5, inference_delay=2, **mode)
             system.wait_for(lambda: listener.poll() is not None, "four executed chunks", 120.0)
             assert listener.returncode == 0 and cable.lost > 0

@@ -80,7 +80,7 @@ def embedding():
         return torch.eye(len(data.instructions), 384)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("train_policy", "train_head", "cache_chunks"):
+        for module in ("train_policy", "cache_chunks"):
             patch.setattr(f"a2c2_ros.training.{module}.language_table", table)
         yield
 

@@ -57,7 +57,7 @@ def embedding():
         return torch.stack([torch.randn(LANGUAGE, generator=generator) for generator in generators])
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("train_policy", "train_head"):
+        for module in ("train_policy", "cache_chunks"):
             patch.setattr(f"a2c2_ros.training.{module}.language_table", table)
         yield
 

@@ -65,7 +65,7 @@ def test_a_policy_of_another_kind_has_its_trainer():
     plan = PLAN | {"policies": PLAN["policies"] | {"vla": {"kind": "smolvla", "size": "tiny"}}}
     commands = {step.name: " ".join(step.command) for step in libero.steps(plan, 2)}
     assert commands["vla"] == "training.smolvla --data data/demos --out models/vla --workers 2 --size tiny"
-    assert commands["vla: chunks"].endswith("--policy models/vla --workers 2 --views 1 --kind lerobot")
+    assert commands["vla: chunks"].endswith("--policy models/vla --kind lerobot --views 1"), "it refuses workers"
 
 
 def test_what_exists_is_kept_and_a_failure_ends_the_run(plan_file, monkeypatch, tmp_path, capsys):

@@ -7,9 +7,8 @@ heads are compact ones of the policy's sizes.
 
 import argparse
 import json
+import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,17 +20,19 @@ import torch
 
 from a2c2_ros import provenance
 from a2c2_ros.benchmark.heads import measure_ms
-from a2c2_ros.core.errors import PolicyError
+from a2c2_ros.benchmark.processes import Processes
 from a2c2_ros.drivers.profile import Profile, load_profile
 from a2c2_ros.heads.base import make_random_head, manifest_of
 from a2c2_ros.heads.export import export
 from a2c2_ros.heads.onnx_head import OnnxHead
 from a2c2_ros.heads.samples import random_samples
-from a2c2_ros.policies.base import ChunkPolicy, PolicyOptions
-from a2c2_ros.policies.registry import load_policy
+from a2c2_ros.policies.base import ChunkPolicy
+from a2c2_ros.policies.registry import load_policy, load_policy_for
 
 INSTRUCTION = "pick up the black bowl and place it on the plate"
 STEP_NS = 50_000_000
+ADDRESS = re.compile(r"(ws://\S+)\n")  # a line that is complete
+START_TIMEOUT_S = 120.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,15 +72,13 @@ def compare(smolvla: str, threads: int, seconds: float, device: str, dtype: str)
     from a2c2_ros.training.smolvla import save_random
 
     profile = load_profile("libero")
-    shapes = profile.camera_shapes()
-    options = PolicyOptions(device, "float32", threads, profile.robot, shapes)
-    local = load_policy("flow", "flow_libero_spatial", options)
+    local = load_policy_for(profile, "flow", "flow_libero_spatial", device=device, threads=threads)
     rows = [row("flow", local, profile, threads, seconds)]
     with served(threads, device) as address:
         rows.append(row("flow, server on this machine", load_policy("remote", address), profile, threads, seconds))
     with tempfile.TemporaryDirectory() as folder:
         path = save_random(Path(folder) / "policy", smolvla, profile.robot, local.image_size)
-        policy = load_policy("lerobot", path, PolicyOptions(device, dtype, threads, profile.robot, shapes))
+        policy = load_policy_for(profile, "lerobot", path, device=device, dtype=dtype, threads=threads)
         rows.append(row(f"SmolVLA {smolvla}, {dtype}", policy, profile, threads, seconds))
     machine = provenance.machine() | ({"gpu": torch.cuda.get_device_name(device)} if "cuda" in device else {})
     settings = {"smolvla": smolvla, "threads": threads, "seconds": seconds, "device": device, "dtype": dtype}
@@ -134,18 +133,16 @@ def head_times(policy: ChunkPolicy, profile: Profile, threads: int, seconds: flo
 
 @contextmanager
 def served(threads: int, device: str) -> Iterator[str]:
-    """Address of a server of the shipped policy in another process."""
-    command = [sys.executable, "-m", "a2c2_ros.policies.server", "--policy-path", "flow_libero_spatial", "--port", "0"]
-    command += ["--threads", str(threads), "--device", device]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline()
-            address = re.search(r"ws://\S+", line)
-            if not address:
-                raise PolicyError(f"the policy server did not start: {line!r}")
-            yield address.group()
-        finally:
-            process.terminate()
+    """Address of a server of the shipped policy in another process.
+
+    Raises:
+        A2C2Error: If it does not start.
+    """
+    arguments = ["--policy-path", "flow_libero_spatial", "--port", "0", "--threads", str(threads), "--device", device]
+    with tempfile.TemporaryDirectory() as folder, Processes(Path(folder), os.environ) as processes:
+        processes.start("server", "a2c2_ros.policies.server", arguments)
+        processes.wait_for(lambda: ADDRESS.search(processes.log("server")) is not None, "address", START_TIMEOUT_S)
+        yield ADDRESS.search(processes.log("server"))[1]
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ def first_slot(latency_ns: int, step_ns: int) -> int:
 
 
 def admissible_execution_horizons(horizon: int, inference_delay: int) -> range:
-    """All e that :func:`check_timing` admits, in rising order; empty if the delay is more than half of the chunk."""
+    """All e with ``d <= e``, ``e >= 1`` and ``e + d <= H`` (paper section 2), in rising order; may be empty."""
     return range(max(1, inference_delay), horizon - inference_delay + 1)
 
 
@@ -53,7 +53,8 @@ def check_timing(horizon: int, execution_horizon: int, inference_delay: int) -> 
     values = f"horizon H={horizon}, execution_horizon e={execution_horizon}, inference_delay d={inference_delay}"
     if horizon < 1 or execution_horizon < 1 or inference_delay < 0:
         raise ConfigError(f"{values}: allowed are H >= 1, e >= 1, d >= 0")
+    if execution_horizon in admissible_execution_horizons(horizon, inference_delay):
+        return
     if inference_delay > execution_horizon:
         raise ConfigError(f"{values}: d <= e is violated, the robot would wait for the inference")
-    if execution_horizon + inference_delay > horizon:
-        raise ConfigError(f"{values}: e + d <= H is violated, the chunk would be used up before the next one arrives")
+    raise ConfigError(f"{values}: e + d <= H is violated, the chunk would be used up before the next one arrives")

@@ -73,12 +73,10 @@ def run_cell_episode(env: Any, cell: Cell, number: int) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=MODELS_KEPT)
 def _policy(path: str) -> Any:
-    from a2c2_ros.policies.base import PolicyOptions
-    from a2c2_ros.policies.registry import load_policy
+    from a2c2_ros.policies.registry import load_policy_for
 
-    profile, folder = load_profile("libero"), model_path(path)
-    options = PolicyOptions(threads=1, robot=profile.robot, camera_shapes=profile.camera_shapes())
-    return load_policy("lerobot" if is_checkpoint(folder) else "flow", folder, options)
+    folder = model_path(path)
+    return load_policy_for(load_profile("libero"), "lerobot" if is_checkpoint(folder) else "flow", folder, threads=1)
 
 
 @functools.lru_cache(maxsize=MODELS_KEPT)

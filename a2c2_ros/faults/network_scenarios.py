@@ -1,6 +1,5 @@
 """Named faults of the network: the planner in a network namespace of its own, joined by a cable that can be cut."""
 
-import contextlib
 import os
 import subprocess
 import time
@@ -13,6 +12,7 @@ from a2c2_ros.core.safety import MOVING, Reason, State
 from a2c2_ros.faults.base import SkippedError, closing, group, scenario
 from a2c2_ros.faults.dds import RobotFile, System, World, free_domain
 from a2c2_ros.faults.libero_scenarios import INSTRUCTION, PLANNER, RATE_HZ, RECORDER, LiberoBench
+from a2c2_ros.faults.namespaces import inside, ip
 from a2c2_ros.paths import robot_profile
 
 ENVIRONMENT = {
@@ -34,40 +34,27 @@ class Cable:
         self._ends = {self.robot: (f"{mark}a", "10.199.7.1/24"), self.policy: (f"{mark}b", "10.199.7.2/24")}
         try:
             for name in self._ends:
-                self._ip("netns", "add", name)
+                ip("netns", "add", name)
             (robot_end, _), (policy_end, _) = self._ends.values()
             # Made inside: no interface of this machine is touched.
-            self._ip("-n", self.robot, "link", "add", robot_end, "type", "veth", "peer", "name", policy_end)
-            self._ip("-n", self.robot, "link", "set", policy_end, "netns", self.policy)
+            ip("-n", self.robot, "link", "add", robot_end, "type", "veth", "peer", "name", policy_end)
+            ip("-n", self.robot, "link", "set", policy_end, "netns", self.policy)
             for name, (end, address) in self._ends.items():
-                self._ip("-n", name, "address", "add", address, "dev", end)
-                self._ip("-n", name, "link", "set", "lo", "up")
-                self._ip("-n", name, "link", "set", end, "up", "multicast", "on")
+                ip("-n", name, "address", "add", address, "dev", end)
+                ip("-n", name, "link", "set", "lo", "up")
+                ip("-n", name, "link", "set", end, "up", "multicast", "on")
         except (OSError, subprocess.CalledProcessError) as error:
             self.close()
             raise SkippedError(f"no network namespaces: {getattr(error, 'stderr', '') or error}") from error
 
     def connect(self, connected: bool) -> None:
         """Plug the cable in, or cut it."""
-        self._ip("-n", self.policy, "link", "set", self._ends[self.policy][0], "up" if connected else "down")
-
-    @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
-        """This thread, and the threads that it starts, are in the robot's namespace."""
-        with open("/proc/thread-self/ns/net", "rb") as before, open(f"/run/netns/{self.robot}", "rb") as namespace:
-            os.setns(namespace.fileno(), os.CLONE_NEWNET)
-            try:
-                yield
-            finally:
-                os.setns(before.fileno(), os.CLONE_NEWNET)
+        ip("-n", self.policy, "link", "set", self._ends[self.policy][0], "up" if connected else "down")
 
     def close(self) -> None:
         """Remove the namespaces, and the cable with them."""
         for name in self._ends:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
-
-    def _ip(self, *arguments: str) -> None:
-        subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True)
 
 
 class NetworkBench(LiberoBench):
@@ -94,7 +81,7 @@ def _network(folder: Path) -> Iterator[NetworkBench]:
     domain_id = free_domain()
     kept = {name: os.environ.get(name) for name in ENVIRONMENT}
     cable = Cable()
-    with closing(cable), cable.inside():
+    with closing(cable), inside(cable.robot):
         os.environ.update(ENVIRONMENT)
         try:
             system = System(folder, domain_id, ENVIRONMENT)

@@ -53,13 +53,11 @@ def dataset_samples(manifest: HeadManifest, root: str | Path, count: int, seed: 
     """
     from a2c2_ros.training.cache_chunks import language_rows, load_chunks, load_language
     from a2c2_ros.training.dataset import load_demonstrations
-    from a2c2_ros.training.train_policy import language_table
 
     data = load_demonstrations(root, tuple(manifest.cameras))
     folder = Path(root) / "chunks" / manifest.policy_id
     actions, latents = load_chunks(folder, data)
-    known = load_language(folder)
-    language = (language_rows(known, data) if known else language_table(data)).numpy()
+    language = language_rows(load_language(folder), data).numpy()
     rng = np.random.default_rng(seed)
     frames, slots = rng.integers(len(data), size=count), rng.integers(manifest.horizon, size=count)
     return [

@@ -21,8 +21,8 @@ from a2c2_ros.msg import PlannerStatus, PlannerTiming
 from a2c2_ros.nodes.conversions import chunk_to_message, timing_to_message, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource
 from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, NodeParameters, latched_qos, reliable_qos, run
-from a2c2_ros.policies.base import Continuation, PolicyOptions, infer_chunk
-from a2c2_ros.policies.registry import load_mapping, load_policy
+from a2c2_ros.policies.base import Continuation, infer_chunk
+from a2c2_ros.policies.registry import load_policy_for
 
 
 class ChunkPlanner(ManagedNode):
@@ -59,15 +59,15 @@ class ChunkPlanner(ManagedNode):
         config = self._settings.value
         self._profile = load_profile(config.robot)
         robot, shapes = self._profile.robot, self._profile.camera_shapes()
-        options = PolicyOptions(
+        self._policy = policy = load_policy_for(
+            self._profile,
+            config.policy,
+            config.policy_path,
+            config.policy_config,
             device=config.policy_device,
             dtype=config.policy_dtype,
             threads=config.policy_threads,
-            robot=robot,
-            camera_shapes=shapes,
-            mapping=load_mapping(config.policy_config),
         )
-        self._policy = policy = load_policy(config.policy, config.policy_path, options)
         for name, mine, theirs in (
             ("horizon", config.horizon, policy.horizon),
             ("action_names", robot.action_names, tuple(policy.action_names)),

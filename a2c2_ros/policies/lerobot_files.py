@@ -1,4 +1,4 @@
-"""What can be known of a LeRobot checkpoint and its YAML file without importing LeRobot, which takes half a minute."""
+"""What can be known of a LeRobot checkpoint and its YAML file without importing LeRobot, which takes long."""
 
 import dataclasses
 import functools

@@ -3,13 +3,16 @@
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.paths import share_directory
 from a2c2_ros.policies.base import ChunkPolicy, PolicyOptions
+
+if TYPE_CHECKING:
+    from a2c2_ros.drivers.profile import Profile
 
 POLICIES = {
     "flow": "a2c2_ros.policies.flow:FlowPolicy",
@@ -33,7 +36,36 @@ def load_policy(kind: str, path: str | Path, options: PolicyOptions | None = Non
     if kind not in POLICIES:
         raise ConfigError(f"policy kind is {kind!r}, allowed are {sorted(POLICIES)}")
     module, name = POLICIES[kind].split(":")
-    return getattr(importlib.import_module(module), name)(path, options or PolicyOptions())
+    return getattr(importlib.import_module(module), name)(path, options)
+
+
+def load_policy_for(
+    profile: "Profile",
+    kind: str,
+    path: str | Path,
+    config: str = "",
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int | None = None,
+) -> ChunkPolicy:
+    """Load a policy for a robot.
+
+    Args:
+        profile: Of the robot; gives names and sizes to policies whose files do not tell.
+        kind: As of :func:`load_policy`.
+        path: As of :func:`load_policy`.
+        config: The policy's YAML file, see :func:`load_mapping`.
+        device: As of :class:`PolicyOptions`.
+        dtype: As of :class:`PolicyOptions`.
+        threads: As of :class:`PolicyOptions`.
+
+    Raises:
+        ConfigError: If the kind, the YAML file or an option is wrong, or does not fit the robot.
+        PolicyError: If the policy cannot be loaded.
+    """
+    options = PolicyOptions(device, dtype, threads, profile.robot, profile.camera_shapes(), load_mapping(config))
+    return load_policy(kind, path, options)
 
 
 def load_mapping(name_or_path: str) -> Mapping[str, Any]:

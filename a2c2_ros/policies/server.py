@@ -27,8 +27,8 @@ from websockets.protocol import State
 
 from a2c2_ros.core.errors import A2C2Error, ConfigError, ObservationError
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.policies.base import ChunkPolicy, PolicyOptions
-from a2c2_ros.policies.registry import load_mapping, load_policy
+from a2c2_ros.policies.base import ChunkPolicy
+from a2c2_ros.policies.registry import load_policy_for
 from a2c2_ros.policies.remote import DIALECT, DIALECT_VERSION, pack, unpack
 
 HEALTH_PATH = "/healthz"
@@ -214,16 +214,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arguments.host,
                 "the key is all that keeps others out" if key else "anybody who reaches the port can use the policy",
             )
-        profile = load_profile(arguments.robot)
-        options = PolicyOptions(
+        policy = load_policy_for(
+            load_profile(arguments.robot),
+            arguments.policy,
+            arguments.policy_path,
+            arguments.policy_config,
             device=arguments.device,
             dtype=arguments.dtype,
             threads=arguments.threads,
-            robot=profile.robot,
-            camera_shapes=profile.camera_shapes(),
-            mapping=load_mapping(arguments.policy_config),
         )
-        policy = load_policy(arguments.policy, arguments.policy_path, options)
         server = PolicyServer(policy, key=key, max_message_mb=arguments.max_message_mb)
         asyncio.run(server.run(arguments.host, arguments.port))
     except (A2C2Error, OSError) as error:

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from a2c2_ros import provenance
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.policies.base import ChunkPolicy, PolicyOptions
+from a2c2_ros.policies.base import ChunkPolicy
 from a2c2_ros.policies.flow import FlowNetwork
-from a2c2_ros.policies.registry import POLICIES, load_mapping, load_policy
+from a2c2_ros.policies.registry import POLICIES, load_policy_for
 from a2c2_ros.training.dataset import Augmentation, Demonstrations, load_demonstrations, observations
 from a2c2_ros.training.train_policy import language_table
 
@@ -109,14 +109,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     arguments = parser().parse_args(argv)
     profile = load_profile(arguments.robot)
-    options = PolicyOptions(
+    policy = load_policy_for(
+        profile,
+        arguments.kind,
+        arguments.policy,
+        arguments.policy_config,
         device=arguments.device,
         dtype=arguments.dtype,
-        robot=profile.robot,
-        camera_shapes=profile.camera_shapes(),
-        mapping=load_mapping(arguments.policy_config),
     )
-    policy = load_policy(arguments.kind, arguments.policy, options)
     data = load_demonstrations(arguments.data, policy.cameras)
     if arguments.kind == "flow":
         policy, facts = policy.network, None
@@ -252,7 +252,7 @@ def load_facts(folder: str | Path) -> PolicyFacts:
 
 
 def load_language(folder: str | Path) -> dict[str, np.ndarray]:
-    """The policy's embedding (L,) float32 per instruction; empty for a flow policy, see ``train_policy``.
+    """The policy's embedding (L,) float32 per instruction; empty for a flow policy, see :func:`language_rows`.
 
     Raises:
         ConfigError: If the policy is of another kind and its embeddings are missing.
@@ -269,9 +269,15 @@ def load_language(folder: str | Path) -> dict[str, np.ndarray]:
 def language_rows(known: Mapping[str, np.ndarray], data: Demonstrations) -> Tensor:
     """Embeddings (tasks, L) float32 of a data set's instructions.
 
+    Args:
+        known: Of :func:`load_language`; empty for a policy that takes the package's embeddings.
+        data: Demonstrations.
+
     Raises:
         ConfigError: If the policy's embedding of an instruction is not known.
     """
+    if not known:
+        return language_table(data)
     if missing := [text for text in data.instructions if text not in known]:
         raise ConfigError(f"no cache has the policy's embedding of {missing}: cache chunks of that data set, too")
     return torch.tensor(np.stack([known[text] for text in data.instructions]))

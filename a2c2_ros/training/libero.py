@@ -135,10 +135,9 @@ def steps(plan: Mapping[str, Any], workers: int) -> Iterator[Step]:
         folder, kind = models / name, values.get("kind", "flow")
         others = {key: value for key, value in values.items() if key != "kind"}
         yield step(name, TRAINERS[kind], folder / "training.json", data=data, out=folder, workers=workers, **others)
-        caching = {"data": data, "policy": folder, "workers": workers, "views": 1}
-        if kind != "flow":
-            caching["kind"] = "lerobot"
-        yield step(f"{name}: chunks", "training.cache_chunks", None, **caching)
+        # Policies other than flow take batches on all cores instead of workers.
+        how = {"workers": workers} if kind == "flow" else {"kind": "lerobot"}
+        yield step(f"{name}: chunks", "training.cache_chunks", None, data=data, policy=folder, **how, views=1)
     for name in plan["heads"]:
         yield from trained(name)
 

@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "scale_factor": 2,
         "expert_width": 0.5,
     },
-    # Trains on two CPU cores in about an hour.
+    # For training on two CPU cores.
     "small": {
         "text": {"hidden_size": 192, "intermediate_size": 512, "layers": 4, "heads": 3, "kv_heads": 1},
         "vision": {"hidden_size": 128, "intermediate_size": 512, "layers": 3, "heads": 4, "image_size": 128},

@@ -25,7 +25,7 @@ from a2c2_ros.training.dataset import Augmentation, Demonstrations, load_demonst
 from a2c2_ros.training.joining import BaseChunks, JoinedDemonstrations, concatenate, concatenate_chunks, load_base
 from a2c2_ros.training.loop import LoopConfig, train
 from a2c2_ros.training.record import fingerprint, plot_losses, write_record
-from a2c2_ros.training.train_policy import SLOT_RANGE, VALIDATION_FRAMES, describe, language_table, statistics
+from a2c2_ros.training.train_policy import SLOT_RANGE, VALIDATION_FRAMES, describe, statistics
 
 VALIDATION_DRAWS = 8  # slots per frame
 VALIDATION_BATCH = 128  # frames
@@ -164,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if policy is None:
         training, _ = data.split(arguments.holdout)
-        head.set_statistics(statistics(data, training, embeddings(data, chunks)) | latent_statistics(chunks, training))
+        language = language_rows(chunks.language, data)
+        head.set_statistics(statistics(data, training, language) | latent_statistics(chunks, training))
     train_head(data, chunks, head, loop, arguments.out, arguments.holdout, recipe)
 
 
@@ -200,15 +201,6 @@ def find_policy(policy: str, roots: Sequence[Path]) -> tuple[FlowNetwork | None,
 def described(facts: PolicyFacts, data: Demonstrations) -> dict[str, object]:
     """What a head has to know of a policy and its data."""
     return dataclasses.asdict(facts) | {"step_ns": data.step_ns, "state_names": data.state_names}
-
-
-def embeddings(data: Demonstrations, chunks: BaseChunks) -> Tensor:
-    """Embeddings (tasks, L) float32 of the instructions by the base policy.
-
-    Raises:
-        ConfigError: If one is missing in the caches.
-    """
-    return language_rows(chunks.language, data) if chunks.language else language_table(data)
 
 
 def latent_statistics(chunks: BaseChunks, training: np.ndarray) -> dict[str, Tensor]:
@@ -331,7 +323,7 @@ def train_head(
     known = chunks.cached | (chunks.slot >= 0)
     training, validation = (indices[known[indices]] for indices in data.split(holdout))
     validation = np.random.default_rng(0).permutation(validation)[:VALIDATION_FRAMES]
-    language = embeddings(data, chunks)
+    language = language_rows(chunks.language, data)
     cached = training[chunks.cached[training]]
     of_task = [cached[data.task[cached] == task] for task in range(len(data.instructions))]
     if recipe.mismatch and not all(len(frames) for frames in of_task):
