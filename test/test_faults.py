@@ -14,6 +14,7 @@ from a2c2_ros.core.governor import Governor
 from a2c2_ros.core.limits import LimitFlag, Limits
 from a2c2_ros.core.observation import ObservationBuffer
 from a2c2_ros.core.safety import HoldPolicy, Latch, Reason, State
+from a2c2_ros.core.takeover import Takeover
 from a2c2_ros.faults import __main__ as tool
 from a2c2_ros.faults import runner
 from a2c2_ros.faults.base import SCENARIOS
@@ -78,6 +79,15 @@ class Bench:
         ) | changes
         self.judge.tick(Seen(**fields))
         self.n += 1
+        return self
+
+    def person(self, *command):
+        self.judge.takeover(np.array(command), self.now_ns, self.now_ns)
+        return self
+
+    def drive(self, *values):
+        for value in values:
+            self.sample((value, value)).tick((value, value), State.TAKEOVER)
         return self
 
     def move(self, *values):
@@ -147,6 +157,13 @@ UNSAFE = {
         "latched",
         lambda b: (b.move(0.0), *(b.judge.emergency_stop(pressed, b.now_ns) for pressed in (True, False)), b.move(0.1)),
     ),
+    "driven by nobody": (STALE, lambda b: b.move(0.0).drive(0.0)),
+    "driven by garbage": (STALE, lambda b: b.move(0.0).person(NAN, 0.0).drive(0.0)),
+    "driven longer than a command counts": (STALE, lambda b: b.move(0.0).person(0.0, 0.0).drive(*[0.0] * 6)),
+    "driven elsewhere": ("takeover", lambda b: b.move(0.0).person(0.5, -0.5).drive(0.1)),
+    "driven blindly": (STALE, lambda b: b.move(0.0).person(0.0, 0.0).tick((0.0, 0.0), State.TAKEOVER, age_ns=None)),
+    "a person is ignored": ("takeover", lambda b: b.move(0.0).person(0.0, 0.0).move(0.1)),
+    "an old chunk after a takeover": ("takeover", lambda b: b.move(0.0).person(0.0, 0.0).drive(*[0.0] * 4).move(0.1)),
     "enabled while pressed": (
         "latched",
         lambda b: (b.move(0.0), b.judge.emergency_stop(True, b.now_ns), b.judge.enable(accepted=True)),
@@ -228,9 +245,17 @@ def accept_all(self, stream, stamp_ns, value, latest_ns=None):
     return True
 
 
-def next_slot(self, t_tick_ns, _select=ChunkBuffer.select):
-    found = _select(self, t_tick_ns)
+def next_slot(self, t_tick_ns, observed_from_ns=0, _select=ChunkBuffer.select):
+    found = _select(self, t_tick_ns, observed_from_ns)
     return None if found is None or found[1] + 1 >= found[0].horizon else (found[0], found[1] + 1)
+
+
+def old_slot(self, t_tick_ns, observed_from_ns=0, _select=ChunkBuffer.select):
+    return _select(self, t_tick_ns)
+
+
+def any_command(self, command, stamp_ns, latest_ns):
+    self._command, self._stamp_ns = np.resize(np.float32(command), self._size), stamp_ns
 
 
 def never_pressed(self, pressed, now_ns, _signal=Latch.emergency_stop):
@@ -266,6 +291,13 @@ MUTATIONS = {
     "no signal needed": (replaced(Latch, "watch", lambda self, now_ns: None), {"latched"}),
     "no disable": (replaced(Latch, "disable", lambda self: None), {"latched"}),
     "no enable": (replaced(Latch, "enable", lambda self: None), {"no recovery"}),
+    "any command of a person": (replaced(Takeover, "put", any_command), {"finite", STALE, "takeover"}),
+    "a command counts for ever": (
+        replaced(Takeover, "command", lambda self, t, timeout: None if self._stamp_ns is None else self._command),
+        {STALE},
+    ),
+    "nobody takes over": (replaced(Takeover, "command", lambda self, t, timeout: None), {"takeover"}),
+    "old chunks after a takeover": (replaced(ChunkBuffer, "select", old_slot), {"takeover"}),
     "any parameter": (replaced(Parameters, "_check_field", lambda self, item, value: None), {"parameters"}),
     "refusals not counted": (replaced(CorrectionLoop, "refused", lambda self, error: None), {"counters"}),
 }

@@ -1,22 +1,25 @@
 """The controller process: who may move the robot, what its diagnostics say, and what a clock that stops does."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 pytest.importorskip("rclpy")
 
-from a2c2_ros.msg import ControlStep
+from a2c2_ros.msg import ControlConfiguration, ControlStep
 from diagnostic_msgs.msg import DiagnosticArray
 from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool
 from std_srvs.srv import SetBool
 
 from a2c2_ros.core.safety import Reason
 from a2c2_ros.faults import heads
-from a2c2_ros.nodes.conversions import to_time
-from a2c2_ros.nodes.runtime import reliable_qos
+from a2c2_ros.nodes.conversions import array_to_joint_state, to_time
+from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
+from a2c2_ros.sim import conventions
 
 
 def enable(bench, value: bool) -> SetBool.Response:
@@ -118,3 +121,47 @@ def test_an_emergency_stop_is_heard_while_a_head_is_loading(bench, manifest, tmp
     assert not answer.done(), "else the test shows nothing"
     bench.spin_until(answer.done, "the answer")
     assert answer.result().results[0].successful
+
+
+@pytest.mark.timeout(150)
+def test_a_person_takes_over_and_the_record_says_what_was_configured(bench, manifest):
+    bench.system.start("correction_controller")
+    configurations = []
+    bench.node.create_subscription(
+        ControlConfiguration, "control_configuration", configurations.append, latched_qos(10)
+    )
+    takeover = bench.node.create_publisher(JointState, "takeover", reliable_qos(1))
+    bench.wait_for_state(ControlStep.WAITING)
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+    bench.spin_until(lambda: takeover.get_subscription_count() == 1, "the controller's subscription")
+    wanted = np.array([0.25, -0.5, 0.0, 0.0, 0.0, 0.0, 1.0])
+    names = conventions.ACTION_NAMES[::-1]  # channels are found by name
+
+    def drive(values=wanted[::-1]):
+        takeover.publish(array_to_joint_state(values, names, bench.now_ns()))
+
+    person = bench.node.create_timer(0.02, drive)
+    step = bench.wait_for_state(ControlStep.TAKEOVER)
+    bench.spin_until(lambda: np.array_equal(bench.steps[-1].command, wanted.astype(np.float32)), "the person's command")
+    assert step.chunk_id and not np.any(step.residual) and step.takeover_age_s < 0.2
+    person.cancel()
+    bench.wait_for_state(ControlStep.HOLDING, Reason.TAKEOVER_ENDED)
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+    drive([np.nan] * 7)
+    bench.wait_for_log("correction_controller", "allowed are 7 finite values")
+    takeover.publish(array_to_joint_state([1.0], ["x"], bench.now_ns()))
+    bench.wait_for_log("correction_controller", "joint state lacks the joints")
+    assert bench.steps[-1].state == ControlStep.RUNNING
+
+    assert bench.set_parameter("correction_controller", "residual_limit", 0.75)[0]
+    assert bench.set_parameter("correction_controller", "correction.enabled", False)[0]
+    bench.spin_until(lambda: bench.steps[-1].configuration == 3, "steps of the new configuration")
+    bench.spin_until(lambda: len(configurations) == 3, "the configurations")
+    assert [c.revision for c in configurations] == [1, 2, 3] and {s.configuration for s in bench.steps} == {1, 2, 3}
+    first, second, third = configurations
+    assert json.loads(second.parameters) == json.loads(first.parameters) | {"residual_limit": 0.75}
+    assert json.loads(first.head_manifest)["policy_id"] == manifest.policy_id and len(first.head_sha256) == 64
+    assert "name: libero" in first.robot
+    assert bench.system.stop("correction_controller") == 0

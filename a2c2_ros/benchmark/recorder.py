@@ -12,15 +12,14 @@ from sensor_msgs.msg import JointState
 
 from a2c2_ros.benchmark.trace import Trace
 from a2c2_ros.core.errors import A2C2Error
+from a2c2_ros.core.safety import State
 from a2c2_ros.msg import ControlStep
 from a2c2_ros.nodes.conversions import to_ns
 from a2c2_ros.nodes.runtime import reliable_qos
 
 QUEUE = 10_000
 STATUS_NAME = "correction_controller: observations"
-STATES = {
-    getattr(ControlStep, name): name for name in ("WAITING", "RUNNING", "BASE_ONLY", "HOLDING", "STOPPED", "FAULT")
-}
+STATES = {int(state): state.name for state in State}
 
 
 class Recorder:

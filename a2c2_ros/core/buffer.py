@@ -39,9 +39,16 @@ class ChunkBuffer:
         del self._chunks[self._capacity :]
         return chunk in self._chunks
 
-    def select(self, t_tick_ns: int) -> tuple[ActionChunk, int] | None:
-        """The newest chunk with ``0 <= k < H`` at this tick, and its slot k; None if there is none."""
+    def select(self, t_tick_ns: int, observed_from_ns: int = 0) -> tuple[ActionChunk, int] | None:
+        """The newest chunk with ``0 <= k < H`` at this tick, and its slot k; None if there is none.
+
+        Args:
+            t_tick_ns: Scheduled time of the tick [ns].
+            observed_from_ns: Chunks of older observations do not count [ns].
+        """
         for chunk in self._chunks:
+            if chunk.t_obs_ns < observed_from_ns:
+                return None
             slot = slot_index(t_tick_ns, chunk.t_obs_ns, chunk.step_ns)
             if 0 <= slot < chunk.horizon:
                 return chunk, slot

@@ -45,6 +45,11 @@ class Parameters:
             ConfigError: Naming the parameters and their values.
         """
 
+    @property
+    def ros_values(self) -> dict[str, Any]:
+        """ROS parameter name to value."""
+        return {self.ros_name(item.name): getattr(self, item.name) for item in dataclasses.fields(self)}
+
     @classmethod
     def ros_name(cls, field_name: str) -> str:
         """ROS parameter name of a field."""
@@ -191,6 +196,9 @@ class ControllerConfig(Parameters):
     rearm_after_s: float = parameter(
         0.1, "How long observations must be good again before the robot moves again [s]", low=0.0, high=60.0
     )
+    takeover_timeout_s: float = parameter(
+        0.2, "How long a command of the topic takeover replaces the policy's [s]", low=0.01, high=10.0
+    )
     halt_steps: int = parameter(
         20, "Safe commands sent after the robot was stopped, then none [steps]", low=1, high=100_000
     )
@@ -260,6 +268,11 @@ class ControllerConfig(Parameters):
     def rearm_after_ns(self) -> int:
         """``rearm_after_s`` in nanoseconds."""
         return round(self.rearm_after_s * 1e9)
+
+    @property
+    def takeover_timeout_ns(self) -> int:
+        """``takeover_timeout_s`` in nanoseconds."""
+        return round(self.takeover_timeout_s * 1e9)
 
     @property
     def head_deadline_ns(self) -> int | None:

@@ -19,6 +19,7 @@ from a2c2_ros.core.limits import LimitFlag
 from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.robot import Robot
 from a2c2_ros.core.safety import MOVING, Latch, Reason, State, Verdict, stale_stream
+from a2c2_ros.core.takeover import Takeover
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class ControlStep:
     command: np.ndarray | None  # (A,) float32, what is to be executed; None: nothing is sent
     limits: LimitFlag
     ages_ns: dict[str, int]  # age of each stream's newest sample
+    takeover_age_ns: int | None  # age of a person's newest command, None if there is none
     head_ns: int  # duration of the head [ns], 0 if it did not run
 
 
@@ -64,6 +66,8 @@ class CorrectionLoop:
         self._governor = Governor(robot, config.period_ns, config.halt_steps)
         enabled = config.start_state == "enabled" or (config.start_state == "auto" and robot.simulated)
         self._latch = Latch(enabled, round(config.emergency_stop_timeout_s * 1e9))
+        self._takeover = Takeover(len(robot.action_names))
+        self._observed_from_ns = 0  # a chunk of an older observation does not know what a person did since
         self._checked: tuple[ActionChunk, str] | None = None
         self._first_slot: tuple[ActionChunk | None, int] = (None, -1)
         self._bad_ns: int | None = None  # last tick at which an observation or the clock was bad
@@ -84,6 +88,11 @@ class CorrectionLoop:
     def head(self) -> CorrectionHead | None:
         """The head in use."""
         return self._head
+
+    @property
+    def latched(self) -> bool:
+        """True if only :meth:`enable` lets the robot move."""
+        return self._latch.verdict is not None
 
     @property
     def silent(self) -> bool:
@@ -139,14 +148,33 @@ class CorrectionLoop:
         """Signal of the emergency stop; a release does not enable."""
         self._latch.emergency_stop(pressed, now_ns)
 
+    def take_over(self, command: np.ndarray, stamp_ns: int, now_ns: int) -> None:
+        """A person's command; it replaces the policy's for ``takeover_timeout_s``, within the limits.
+
+        Args:
+            command: (A,) action units.
+            stamp_ns: When it was given [ns].
+            now_ns: The clock [ns].
+
+        Raises:
+            ObservationError: If it is not a command, or from the future. Nothing changes then.
+        """
+        self._takeover.put(command, stamp_ns, now_ns + self._config.future_tolerance_ns)
+
     def fault(self, detail: str) -> None:
         """The owner of the loop failed: as :meth:`disable`, but in state FAULT."""
         self._latch.fault(Reason.INTERNAL_ERROR, detail)
+
+    def adopt(self, command: np.ndarray | None) -> None:
+        """Take (A,) as the last command; for a replay that lacks what a step was decided on."""
+        self._governor.adopt(command)
 
     def forget(self) -> None:
         """Forget every chunk, because the clock went back; what was commanded is still known."""
         self._buffer.clear()
         self._gate.reset()
+        self._takeover.clear()
+        self._observed_from_ns = 0
         self._bad_ns = None
         self._head_rests_until_ns = 0
 
@@ -202,12 +230,25 @@ class CorrectionLoop:
             command=command,
             limits=flags,
             ages_ns=ages,
+            takeover_age_ns=self._takeover.age_ns(t_tick_ns),
             head_ns=step.head_ns,
         )
         self.ticks += 1
         self.counts[verdict.state] += 1
         self.reasons[verdict.reason] += 1
         return result
+
+    def rest_of_chunk(self, step: ControlStep) -> np.ndarray:
+        """What the chunk wants after the step that was just decided, for robots that take trajectories.
+
+        Returns:
+            (n, A) float32, the base actions of the slots that follow, within the limits from the step's command on; n
+            is 0 unless the step executed a slot.
+        """
+        chunk, _ = self._first_slot
+        if step.state not in (State.RUNNING, State.BASE_ONLY):
+            return np.zeros((0, len(self._robot.action_names)), np.float32)
+        return self._governor.foresee(chunk.actions[step.slot + 1 :])
 
     def _decide(
         self,
@@ -221,19 +262,27 @@ class CorrectionLoop:
         if self._latch.verdict is not None:
             step.verdict = self._latch.verdict
             return self._governor.halt(self._measured(observation, ages))
-        if self._governor.silent and not self._buffer:
+        person = self._takeover.command(t_tick_ns, self._config.takeover_timeout_ns)
+        if person is None and self._governor.silent and not self._buffer:
             step.verdict = Verdict(State.WAITING, Reason.NO_CHUNK)
             return None, LimitFlag.NONE
-        held = self._observed(t_tick_ns, ages, problem) or self._select(step, t_tick_ns)
+        held = self._observed(t_tick_ns, ages, problem)
+        if person is not None:
+            held = self._driven(step, t_tick_ns, ages, problem)
+        elif held is None:
+            held = self._select(step, t_tick_ns)
         measured = self._measured(observation, ages)
         if held is None and self._governor.starting:
             outside = self._governor.outside(measured)
             if outside:
                 held = Verdict(State.HOLDING, Reason.OUTSIDE_LIMITS, outside)
         if held is None:
-            # The head is asked before the approach: a head that fails must find the arm holding, not underway.
-            step.verdict = self._correct(step, t_tick_ns, observation)
-            step.verdict = self._aged_meanwhile(step, t_tick_ns, ages) or step.verdict
+            if person is not None:
+                step.action, step.verdict = person, Verdict(State.TAKEOVER)
+            else:
+                # The head is asked before the approach: a head that fails must find the arm holding, not underway.
+                step.verdict = self._correct(step, t_tick_ns, observation)
+                step.verdict = self._aged_meanwhile(step, t_tick_ns, ages) or step.verdict
             if step.verdict.state in MOVING:
                 approach = self._governor.approach(measured)
                 if approach is None:
@@ -258,6 +307,21 @@ class CorrectionLoop:
             self._bad_ns = None
         return None
 
+    def _driven(
+        self, step: "_Decision", t_tick_ns: int, ages: dict[str, int], problem: Verdict | None
+    ) -> Verdict | None:
+        """A person commands: pick the slot for the record alone; why the person's command may not move, or None.
+
+        A person sees the robot, so a camera may be stale; where a position starts from must be known.
+        """
+        self._observed_from_ns = 0
+        self._select(step, t_tick_ns)
+        self._observed_from_ns = t_tick_ns
+        if problem is not None:
+            return problem
+        stale = self._stale_measurement(ages)
+        return None if stale is None else Verdict(State.HOLDING, *stale)
+
     def _aged_meanwhile(self, step: "_Decision", t_tick_ns: int, ages: dict[str, int]) -> Verdict | None:
         """Why observations or chunk are too old by the time that the head is done, or None."""
         if self._config.head_deadline_ns is None:
@@ -273,8 +337,10 @@ class CorrectionLoop:
 
     def _select(self, step: "_Decision", t_tick_ns: int) -> Verdict | None:
         """Pick the slot; why it may not be executed, or None."""
-        selected = self._buffer.select(t_tick_ns)
+        selected = self._buffer.select(t_tick_ns, self._observed_from_ns)
         if selected is None:
+            if self._buffer.select(t_tick_ns) is not None:
+                return Verdict(State.HOLDING, Reason.TAKEOVER_ENDED)
             return Verdict(State.HOLDING, Reason.CHUNK_EXPIRED if self._buffer else Reason.NO_CHUNK)
         chunk, slot = selected
         age_ns = t_tick_ns - chunk.t_obs_ns
@@ -291,10 +357,13 @@ class CorrectionLoop:
 
     def _measured(self, observation: Observation, ages: dict[str, int]) -> np.ndarray | None:
         """The measured position in action units, or None if it is not known now."""
-        needed = {name: self._max_ages_ns[name] for name in self._robot.measured_streams}
-        if stale_stream(ages, needed, self._config.future_tolerance_ns) is not None:
+        if self._stale_measurement(ages) is not None:
             return None
         return self._robot.measured_of(observation.values)
+
+    def _stale_measurement(self, ages: dict[str, int]) -> tuple[Reason, str] | None:
+        needed = {name: self._max_ages_ns[name] for name in self._robot.measured_streams}
+        return stale_stream(ages, needed, self._config.future_tolerance_ns)
 
     def _correct(self, step: "_Decision", t_tick_ns: int, observation: Observation) -> Verdict:
         """Add the head's residual to the action."""

@@ -45,6 +45,11 @@ class Governor:
         self._approaching = False  # the target is where the robot was measured when its data came back
         self._halted_steps = 0
 
+    def adopt(self, command: np.ndarray | None) -> None:
+        """Take (A,) as the last command, which another loop has sent; None: nothing was sent."""
+        self.reset()
+        self._previous = command
+
     def outside(self, measured: np.ndarray | None) -> str:
         """Which channels are measured outside the limits by more than a step; empty if none, or for pose deltas."""
         if measured is None or self._hold.kind != "position":
@@ -93,6 +98,21 @@ class Governor:
         self._halted_steps = 0
         self._previous, flags = self._limits.apply(action, self._previous)
         return self._previous, flags
+
+    def foresee(self, actions: np.ndarray) -> np.ndarray:
+        """The commands that :meth:`move` would give for these actions after the last one; nothing changes.
+
+        Args:
+            actions: (n, A) float32, one per control step.
+
+        Returns:
+            (n, A) float32 within the limits.
+        """
+        commands = np.empty((len(actions), len(self._names)), np.float32)
+        previous = self._previous
+        for command, action in zip(commands, actions):
+            command[:] = previous = self._limits.apply(action, previous)[0]
+        return commands
 
     def hold(self, measured: np.ndarray | None) -> tuple[np.ndarray | None, LimitFlag]:
         """The next command on the way to the safe one, or None if no command was ever sent.

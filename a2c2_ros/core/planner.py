@@ -50,6 +50,10 @@ class PlannerSchedule:
         """Use other parameters from the next decision on."""
         self._config = config
 
+    def replan(self) -> None:
+        """Start the next inference as soon as none is in flight: the robot does not follow its chunks."""
+        self._wanted_now = True
+
     def invalidate(self) -> None:
         """The instruction changed: drop the inference in flight and ask again.
 

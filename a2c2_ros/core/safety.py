@@ -18,6 +18,7 @@ class State(IntEnum):
     HOLDING = 3  # the safe command, because data is missing, stale or wrong; goes on by itself
     STOPPED = 4  # disabled or stopped on purpose: the safe command, then silence; goes on when a person enables
     FAULT = 5  # a defect: as STOPPED
+    TAKEOVER = 6  # a person's command within the limits; chunk and slot are in the record, but not executed
 
 
 class Reason(IntEnum):
@@ -44,9 +45,10 @@ class Reason(IntEnum):
     CLOCK_STOPPED = 18  # the ROS clock stands still
     REARMING = 19  # data is back: it must stay, and the command starts from the measured state
     OUTSIDE_LIMITS = 20  # the measured position is outside the limits by more than a step: a person must move it
+    TAKEOVER_ENDED = 21  # a person has let go: no chunk has come that was observed since
 
 
-MOVING = frozenset({State.RUNNING, State.BASE_ONLY})
+MOVING = frozenset({State.RUNNING, State.BASE_ONLY, State.TAKEOVER})
 LATCHED = frozenset({State.STOPPED, State.FAULT})
 
 

@@ -1,23 +1,30 @@
-"""Robot profiles: a robot is a YAML file, no code."""
+"""Robot profiles: a robot is a YAML file, no code. ``config/robots/mock.yaml`` explains every entry."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.limits import Limits
 from a2c2_ros.core.observation import StreamSpec
 from a2c2_ros.core.robot import Robot
-from a2c2_ros.core.safety import HoldPolicy, channels
+from a2c2_ros.core.safety import HoldPolicy
 from a2c2_ros.core.state import state_vector
+from a2c2_ros.drivers.entries import Entries
+from a2c2_ros.drivers.mapping import ChannelMap, GripperMap
+from a2c2_ros.drivers.urdf import joint_limits, urdf_path
 from a2c2_ros.paths import robot_profile
 
 STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
+COMMAND_KINDS = ("joint_state", "joint_trajectory", "float64_multi_array", "twist_stamped")
+GRIPPER_TOPIC_KINDS = ("float64_multi_array", "joint_trajectory")
+GRIPPER_ACTION_KINDS = ("gripper_command", "parallel_gripper_command")
+TWIST_AXES = ("linear_x", "linear_y", "linear_z", "angular_x", "angular_y", "angular_z")
+GRIPPER_TOLERANCE = 0.01
+"""Default of ``gripper.tolerance``, as a part of the way from open to closed."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,42 @@ class CameraTopic:
     height: int  # as it comes [pixels]
     width: int
     shape: tuple[int, int, int]  # (height, width, 3) as it is used, after resizing
+    transport: str = "raw"  # "raw": sensor_msgs/Image, "compressed": sensor_msgs/CompressedImage
+
+
+@dataclass(frozen=True)
+class TrajectoryTiming:
+    """Times of a ``trajectory_msgs/JointTrajectory``."""
+
+    time_from_start_ns: int  # of the first point
+    period_ns: int  # from point to point
+    stamp: str  # of the header; "tick": the tick's, "zero": the driver starts when the message arrives
+
+
+@dataclass(frozen=True, eq=False)
+class CommandSpec:
+    """How commands reach the driver."""
+
+    kind: str  # of COMMAND_KINDS, see drivers.sinks
+    topic: str
+    joints: tuple[str, ...]  # the driver's names, in its order
+    mapping: ChannelMap
+    points: str = "one"  # "chunk": a trajectory also has the rest of the chunk
+    timing: TrajectoryTiming | None = None  # of a trajectory
+    frame_id: str = ""  # of a twist
+
+
+@dataclass(frozen=True)
+class GripperSpec:
+    """How gripper commands reach its driver."""
+
+    kind: str  # of GRIPPER_TOPIC_KINDS or GRIPPER_ACTION_KINDS, see drivers.sinks
+    topic: str  # or name of the action
+    mapping: GripperMap
+    tolerance: float  # a smaller change is not sent, driver's unit
+    joint: str = ""  # the driver's name
+    timing: TrajectoryTiming | None = None  # of a trajectory
+    max_effort: float = 0.0  # of an action [N or N m]; 0: the driver's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +83,33 @@ class Profile:
     joint_states_topic: str
     joint_names: tuple[str, ...]  # order of the joint_position stream
     ee_pose_topic: str | None  # None if the state does not need it
-    command_topic: str
-    command_kind: str  # see drivers.sinks
+    command: CommandSpec
+    gripper: GripperSpec | None = None  # None: a gripper, if any, is a channel of the command
+    control_rate_hz: float | None = None  # rate that the profile is made for, None for any
+    text: str = ""  # the YAML file
+
+    @property
+    def command_topic(self) -> str:
+        """Topic of the commands."""
+        return self.command.topic
+
+    @property
+    def command_kind(self) -> str:
+        """Kind of the commands, see drivers.sinks."""
+        return self.command.kind
+
+    def check_rate(self, control_rate_hz: float) -> None:
+        """Refuse to command the robot at another rate than the profile's.
+
+        Raises:
+            ConfigError: If the rates differ: trajectories would overlap or stutter, and fractions of a control step be
+                another speed.
+        """
+        if self.control_rate_hz is not None and not math.isclose(self.control_rate_hz, control_rate_hz, rel_tol=1e-6):
+            raise ConfigError(
+                f"control_rate_hz is {control_rate_hz:g}, allowed is {self.control_rate_hz:g}: robot "
+                f"{self.robot.name!r} has it in rates.control_rate_hz"
+            )
 
     def camera_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Camera name to (height, width, 3) as it is used."""
@@ -55,150 +123,280 @@ def load_profile(name_or_path: str) -> Profile:
         name_or_path: A name in ``config/robots`` or a path to a YAML file.
 
     Raises:
-        ConfigError: If the file is missing or an entry is missing or wrong, with the entry's path in the YAML.
+        ConfigError: If the file is missing, or an entry is missing, wrong, given twice or unknown, with the file and
+            the entry's path in it, as ``cameras.front.height``.
     """
     path = robot_profile(name_or_path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    return _Reader(path, data).profile()
+    entries = Entries.load(path)
+    profile = _Builder(path, entries).profile()
+    entries.finish()
+    return profile
 
 
-class _Reader:
-    def __init__(self, path: Path, data: Any) -> None:
+class _Builder:
+    """Reads the sections in the order in which they depend on each other."""
+
+    def __init__(self, path: Path, entries: Entries) -> None:
         self._path = path
-        self._data = data
-
-    def get(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        value: Any = self._data
-        for part in key.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                if default is not ...:
-                    return default
-                raise ConfigError(f"{self._path}: entry {key!r} is missing")
-            value = value[part]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"{self._path}: entry {key!r} is {value!r}, allowed is {kind}")
-        return value
-
-    def names(self, key: str, default: Any = ...) -> tuple[str, ...]:
-        values = self.get(key, list, default)
-        if not all(isinstance(value, str) for value in values):
-            raise ConfigError(f"{self._path}: entry {key!r} is {values!r}, allowed is a list of names")
-        return tuple(values)
+        self._entries = entries
+        self._topics: dict[str, str] = {}
+        self._joints = entries.section("joint_states").name_list("names")
+        self._actions = entries.section("action").name_list("names")
 
     def profile(self) -> Profile:
-        cameras = tuple(self._camera(name) for name in self.get("cameras", Mapping, {}))
-        joints = self.names("joint_states.names")
-        action_names = self.names("action.names")
+        entries = self._entries
+        rate_hz = entries.section("rates").positive("control_rate_hz", None)
+        self._period_ns = None if rate_hz is None else round(1e9 / rate_hz)
+        cameras = tuple(self._camera(name) for name in entries.section("cameras").names)
+        joint_states_topic = self._topic("joint_states")
+        state = entries.choice("state", ("ee_pose_gripper", "joint_position"), "ee_pose_gripper")
         streams = {c.name: StreamSpec(c.shape, "uint8", self._max_age_ns("camera")) for c in cameras}
-        streams["joint_position"] = StreamSpec((len(joints),), "float64", self._max_age_ns("joint_states"))
-        state_kind = self.get("state", str, "ee_pose_gripper")
-        if state_kind == "ee_pose_gripper":
+        streams["joint_position"] = StreamSpec((len(self._joints),), "float64", self._max_age_ns("joint_states"))
+        if state == "ee_pose_gripper":
             streams["ee_pose"] = StreamSpec((7,), "float64", self._max_age_ns("ee_pose"))
-            state_names, state_of = STATE_NAMES, self._ee_pose_gripper(joints)
-        elif state_kind == "joint_position":
-            state_names, state_of = joints, lambda values: values["joint_position"].astype(np.float32)
-        else:
-            raise self._wrong("state", state_kind, "'ee_pose_gripper' or 'joint_position'")
-        hold = self._hold(action_names)
-        limits = self._limits(action_names, hold)
-        measured_of = self._measured(action_names, joints) if hold.kind == "position" else lambda values: None
+        hold = self._hold()
+        gripper = self._gripper(hold)
+        command = self._command(hold, gripper)
+        position = hold.kind == "position"
         robot = Robot(
-            name=self.get("name", str),
-            action_names=action_names,
-            action_space=self.get("action.space", str),
+            name=entries.text("name"),
+            action_names=self._actions,
+            action_space=entries.section("action").text("space"),
             streams=streams,
             cameras=tuple(camera.name for camera in cameras),
-            state_names=state_names,
-            state_of=state_of,
-            measured_of=measured_of,
-            measured_streams=("joint_position",) if hold.kind == "position" else (),
-            limits=limits,
+            state_names=STATE_NAMES if "ee_pose" in streams else self._joints,
+            state_of=self._ee_pose_gripper() if "ee_pose" in streams else _joint_position,
+            measured_of=self._measured(command, gripper, hold) if position else lambda values: None,
+            measured_streams=("joint_position",) if position else (),
+            limits=self._limits(command, gripper, hold),
             hold=hold,
-            simulated=self.get("simulated", bool, False),
+            simulated=entries.flag("simulated", False),
         )
         return Profile(
             robot=robot,
             cameras=cameras,
-            joint_states_topic=self.get("joint_states.topic", str),
-            joint_names=joints,
-            ee_pose_topic=self.get("ee_pose.topic", str) if "ee_pose" in streams else None,
-            command_topic=self.get("command.topic", str),
-            command_kind=self.get("command.kind", str),
+            joint_states_topic=joint_states_topic,
+            joint_names=self._joints,
+            ee_pose_topic=self._topic("ee_pose") if "ee_pose" in streams else None,
+            command=command,
+            gripper=gripper,
+            control_rate_hz=rate_hz,
+            text=self._path.read_text(encoding="utf-8"),
         )
 
-    def _wrong(self, key: str, value: object, allowed: str) -> ConfigError:
-        return ConfigError(f"{self._path}: entry {key!r} is {value!r}, allowed is {allowed}")
+    def _topic(self, *path: str) -> str:
+        """The entry ``topic`` of a section; two uses of one topic would mix sensors, or commands with sensors."""
+        section = self._entries
+        for key in path:
+            section = section.section(key)
+        topic = section.topic("topic")
+        name = ".".join((*path, "topic"))
+        if topic in self._topics:
+            raise section.wrong("topic", f"a topic of its own: {self._topics[topic]!r} has it too")
+        self._topics[topic] = name
+        return topic
 
     def _max_age_ns(self, name: str) -> int:
-        value = float(self.get(f"max_age_s.{name}", (int, float)))
-        if not 0.0 < value < math.inf:
-            raise self._wrong(f"max_age_s.{name}", value, "a positive time")
-        return round(value * 1e9)
+        return round(self._entries.section("max_age_s").positive(name) * 1e9)
 
     def _camera(self, name: str) -> CameraTopic:
-        height, width = self.get(f"cameras.{name}.height", int), self.get(f"cameras.{name}.width", int)
-        resize = self.get(f"cameras.{name}.resize", list, [height, width])
-        if len(resize) != 2 or not all(type(side) is int and side > 0 for side in (*resize, height, width)):
-            raise self._wrong(f"cameras.{name}", (height, width, resize), "positive height, width and resize: [h, w]")
-        return CameraTopic(name, self.get(f"cameras.{name}.topic", str), height, width, (*resize, 3))
+        cameras = self._entries.section("cameras")
+        if name in ("joint_position", "ee_pose"):
+            raise cameras.wrong(name, "another name: a stream has this one")
+        camera = cameras.section(name)
+        height, width = camera.count("height"), camera.count("width")
+        resize = camera.list("resize", [height, width])
+        if len(resize) != 2 or not all(type(side) is int and side > 0 for side in resize):
+            raise camera.wrong("resize", "[height, width], whole numbers above 0")
+        transport = camera.choice("transport", ("raw", "compressed"), "raw")
+        return CameraTopic(name, self._topic("cameras", name), height, width, (*resize, 3), transport)
 
-    def _ee_pose_gripper(self, joints: tuple[str, ...]) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-        gripper = list(channels(joints, self.names("joint_states.gripper")))
-        reference = np.array(self.get("ee_pose.nominal_orientation_xyzw", list), dtype=np.float64)
-        return lambda values: state_vector(values["ee_pose"], values["joint_position"][gripper], reference)
+    def _ee_pose_gripper(self) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+        joint_states, ee_pose = self._entries.section("joint_states"), self._entries.section("ee_pose")
+        names = joint_states.name_list("gripper", among=self._joints)
+        if len(names) not in (1, 2):
+            raise joint_states.wrong("gripper", "one joint or two")
+        gripper = [self._joints.index(name) for name in (names[0], names[-1])]  # one stands for both fingers
+        reference = np.array(ee_pose.numbers("nominal_orientation_xyzw", 4))
+        if not np.linalg.norm(reference) > 1e-6:
+            raise ee_pose.wrong("nominal_orientation_xyzw", "a quaternion x y z w")
+        origin = np.array([*ee_pose.numbers("origin_xyz", 3, (0.0, 0.0, 0.0)), 0.0, 0.0, 0.0, 0.0])
+        return lambda values: state_vector(values["ee_pose"] - origin, values["joint_position"][gripper], reference)
 
-    def _hold(self, action_names: tuple[str, ...]) -> HoldPolicy:
+    def _hold(self) -> HoldPolicy:
+        hold = self._entries.section("hold")
+        kept = hold.name_list("keep", (), among=self._actions)
         return HoldPolicy(
-            kind=self.get("hold.kind", str),
-            size=len(action_names),
-            keep=channels(action_names, self.names("hold.keep", [])),
-            keep_default=tuple(float(v) for v in self.get("hold.keep_default", list, [])),
+            kind=hold.choice("kind", ("delta", "position")),
+            size=len(self._actions),
+            keep=tuple(self._actions.index(name) for name in kept),
+            keep_default=hold.numbers("keep_default", len(kept), *([] if kept else [()])),
         )
 
-    def _limits(self, action_names: tuple[str, ...], hold: HoldPolicy) -> Limits:
-        limits = Limits.of(
-            action_names,
-            self.get("limits.lower", list),
-            self.get("limits.upper", list),
-            self.get("limits.step", list, None),
-            self.get("limits.velocity", list, None),
+    # --- commands -----------------------------------------------------------------------------------------------
+
+    def _command(self, hold: HoldPolicy, gripper: GripperSpec | None) -> CommandSpec:
+        command = self._entries.section("command")
+        kind = command.choice("kind", COMMAND_KINDS)
+        used_for_gripper = () if gripper is None else (gripper.mapping.channel,)
+        arm = [name for i, name in enumerate(self._actions) if i not in used_for_gripper]
+        if kind == "twist_stamped":
+            joints, frame_id = TWIST_AXES, command.text("frame_id")
+        else:
+            joints, frame_id = command.name_list("joints", arm), ""
+        channels = command.name_list("channels", arm if kind == "twist_stamped" else joints, among=arm)
+        if sorted(channels) != sorted(arm) or len(channels) != len(joints):
+            raise command.wrong("channels", f"each of {arm} once, in the order of the driver's {list(joints)}")
+        scale = np.array(command.numbers("scale", len(joints), [1.0] * len(joints)))
+        offset = np.array(command.numbers("offset", len(joints), [0.0] * len(joints)))
+        if not scale.all():
+            raise command.wrong("scale", "numbers other than 0")
+        if hold.kind == "delta" and offset.any():
+            raise command.wrong("offset", "0 with hold.kind delta: no motion has to stay no motion")
+        required = {"twist_stamped": "delta", "joint_trajectory": "position"}.get(kind, hold.kind)
+        if hold.kind != required:
+            raise self._entries.section("hold").wrong("kind", f"{required!r} with command.kind {kind!r}")
+        trajectory = kind == "joint_trajectory"
+        return CommandSpec(
+            kind=kind,
+            topic=self._topic("command"),
+            joints=joints,
+            mapping=ChannelMap(np.array([self._actions.index(name) for name in channels]), scale, offset),
+            points=command.choice("points", ("one", "chunk"), "one") if trajectory else "one",
+            timing=self._timing(command, self._period()) if trajectory else None,
+            frame_id=frame_id,
         )
-        if not (np.isfinite(limits.lower).all() and np.isfinite(limits.upper).all()):
-            raise self._wrong("limits", (limits.lower.tolist(), limits.upper.tolist()), "a finite range per channel")
-        if hold.kind == "position":
-            step = limits.at(1_000_000_000).largest_step
-            free = [
-                name
-                for i, name in enumerate(action_names)
-                if i not in hold.keep and (step is None or not np.isfinite(step[i]))
-            ]
-            if free:
-                raise ConfigError(f"{self._path}: {free} need limits.velocity or limits.step: a position may not jump")
-        return limits
+
+    def _gripper(self, hold: HoldPolicy) -> GripperSpec | None:
+        gripper = self._entries.section("gripper")
+        kind = gripper.choice("kind", ("none", *GRIPPER_TOPIC_KINDS, *GRIPPER_ACTION_KINDS), "none")
+        if kind == "none":
+            return None
+        channel = gripper.choice("channel", self._actions)
+        if self._actions.index(channel) not in hold.keep:
+            raise gripper.wrong("channel", "a channel in hold.keep: a hold must not move a gripper")
+        ends = [gripper.section(end).number(side) for side in ("action", "driver") for end in ("open", "closed")]
+        for side, (opened, closed) in (("action", ends[:2]), ("driver", ends[2:])):
+            if opened == closed:
+                raise gripper.section("closed").wrong(side, f"another value than gripper.open.{side}")
+        way = abs(ends[3] - ends[2])
+        trajectory = kind == "joint_trajectory"
+        return GripperSpec(
+            kind=kind,
+            topic=self._topic("gripper"),
+            mapping=GripperMap(self._actions.index(channel), *ends),
+            tolerance=gripper.positive("tolerance", GRIPPER_TOLERANCE * way),
+            joint=gripper.text("joint") if kind in ("joint_trajectory", "parallel_gripper_command") else "",
+            timing=self._timing(gripper, None) if trajectory else None,
+            max_effort=gripper.positive("max_effort", 0.0) if kind in GRIPPER_ACTION_KINDS else 0.0,
+        )
+
+    def _period(self) -> int:
+        if self._period_ns is None:
+            raise self._entries.section("rates").missing("control_rate_hz")
+        return self._period_ns
+
+    def _timing(self, entries: Entries, default_ns: int | None) -> TrajectoryTiming:
+        """A gripper's way takes as long as it takes, so its time has no default."""
+        if default_ns is None or "time_from_start_s" in entries:
+            default_ns = round(entries.positive("time_from_start_s") * 1e9)
+        return TrajectoryTiming(default_ns, self._period(), entries.choice("stamp", ("tick", "zero"), "tick"))
+
+    # --- limits and measurement ---------------------------------------------------------------------------------
+
+    def _limits(self, command: CommandSpec, gripper: GripperSpec | None, hold: HoldPolicy) -> Limits:
+        limits = self._entries.section("limits")
+        known = self._known_limits(command, gripper, hold)
+        lower, upper, step, velocity = (
+            self._limit(label, known.get(label, {})) for label in ("lower", "upper", "step", "velocity")
+        )
+        for i, name in enumerate(self._actions):
+            for label, values in (("lower", lower), ("upper", upper)):
+                if values[i] is None:
+                    raise limits.missing(f"{label}.{name}")
+            if lower[i] > upper[i]:
+                raise limits.wrong("lower", f"at most upper; {name!r} has {lower[i]:g} and {upper[i]:g}")
+            if i in hold.keep:
+                continue
+            if hold.kind == "delta" and not lower[i] <= 0.0 <= upper[i]:
+                raise limits.wrong("lower", f"a range with 0 in it for {name!r} with hold.kind delta")
+            if hold.kind == "position" and step[i] is None and velocity[i] is None:
+                raise limits.missing(f"velocity.{name}")  # a position may not jump
+        # Without any entry the limit itself is absent, which spares the loop its arithmetic.
+        optional = [values if any(value is not None for value in values) else None for values in (step, velocity)]
+        return Limits.of(self._actions, lower, upper, *optional)
+
+    def _limit(self, label: str, known: Mapping[str, float | None]) -> list[float | None]:
+        """One limit of every channel: as typed in, else what is known, else None."""
+        limits, rate = self._entries.section("limits"), label in ("step", "velocity")
+        typed = limits.table(label, self._actions, null=rate)
+        for name, value in typed.items():
+            if rate and value is not None and value < 0.0:
+                raise limits.wrong(label, f"0 or more; {name!r} has {value:g}")
+        return [typed.get(name, known.get(name)) for name in self._actions]
+
+    def _known_limits(
+        self, command: CommandSpec, gripper: GripperSpec | None, hold: HoldPolicy
+    ) -> dict[str, dict[str, float | None]]:
+        """By label and channel, what need not be typed in: limits of the URDF in action units, ends of the gripper."""
+        known: dict[str, dict[str, float | None]] = {"lower": {}, "upper": {}, "velocity": {}}
+        if gripper is not None:
+            ends = sorted((gripper.mapping.open_action, gripper.mapping.closed_action))
+            known["lower"][self._actions[gripper.mapping.channel]] = ends[0]
+            known["upper"][self._actions[gripper.mapping.channel]] = ends[1]
+        limits = self._entries.section("limits")
+        name = limits.text("urdf", None)
+        if name is None:
+            return known
+        if hold.kind != "position":
+            raise limits.wrong("urdf", "none with hold.kind delta: it limits positions")
+        try:
+            joints = joint_limits(urdf_path(name, self._path.parent))
+        except ConfigError as error:
+            raise limits.wrong("urdf", f"a readable file: {error}") from error
+        mapping = command.mapping
+        for joint, channel, scale, offset in zip(
+            command.joints, mapping.channels, mapping.scale, mapping.offset, strict=True
+        ):
+            if joint not in joints:
+                raise limits.wrong("urdf", f"a file with the joint {joint!r}, it has {sorted(joints)}")
+            limit, action = joints[joint], self._actions[channel]
+            if limit.lower is not None and limit.upper is not None:
+                ends = sorted(((limit.lower - offset) / scale, (limit.upper - offset) / scale))
+                known["lower"][action], known["upper"][action] = ends
+            known["velocity"][action] = None if limit.velocity is None else limit.velocity / abs(scale)
+        return known
 
     def _measured(
-        self, action_names: tuple[str, ...], joints: tuple[str, ...]
+        self, command: CommandSpec, gripper: GripperSpec | None, hold: HoldPolicy
     ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-        """Action channel to the joint that measures it; null for a channel (a gripper) without one."""
-        measured = self.get("action.measured", list)
-        keep = channels(action_names, self.names("hold.keep", []))
-        if len(measured) != len(action_names) or any(
-            name not in joints if name is not None else i not in keep for i, name in enumerate(measured)
-        ):
-            raise self._wrong(
-                "action.measured",
-                measured,
-                f"a joint of {list(joints)} for each of {list(action_names)}, null only for channels in hold.keep",
-            )
-        rows = [i for i, name in enumerate(measured) if name is not None]
-        sources = [joints.index(measured[i]) for i in rows]
+        """Action channel to the joint that measures it; null for a channel (a gripper) without one.
+
+        ``joint_states`` has the driver's units.
+        """
+        action = self._entries.section("action")
+        names = action.list("measured")
+        if len(names) != len(self._actions):
+            raise action.wrong("measured", f"a joint for each of {list(self._actions)}")
+        for i, name in enumerate(names):
+            at_gripper = gripper is not None and i == gripper.mapping.channel
+            if name is None and i not in hold.keep:
+                raise action.wrong(f"measured[{i}]", "a joint; null is for channels in hold.keep", name)
+            if name is not None and (at_gripper or name not in self._joints or name in names[:i]):
+                allowed = "null: it is the gripper's" if at_gripper else f"one of {list(self._joints)}, once"
+                raise action.wrong(f"measured[{i}]", allowed, name)
+        order = [names[channel] for channel in command.mapping.channels]
+        rows = [i for i, name in enumerate(order) if name is not None]
+        sources = [self._joints.index(order[i]) for i in rows]
+        size = len(self._actions)
 
         def measured_of(values: Mapping[str, np.ndarray]) -> np.ndarray:
-            position = np.full(len(action_names), np.nan)
+            position = np.full(len(order), np.nan)
             position[rows] = values["joint_position"][sources]
-            return position
+            return command.mapping.to_action(position, np.full(size, np.nan))
 
         return measured_of
+
+
+def _joint_position(values: Mapping[str, np.ndarray]) -> np.ndarray:
+    return values["joint_position"].astype(np.float32)

@@ -1,24 +1,49 @@
-"""Command sinks: how a command leaves for the robot; chosen by the profile, not by code."""
+"""Command sinks: how a command leaves for the robot; chosen by the profile, not by code.
 
+What ros2_control's joint_trajectory_controller does with a header's stamp: zero starts the trajectory when the message
+is taken, however late it is. With the tick's stamp the points lie at fixed times, points that are over are skipped, and
+a trajectory that is over is refused, so that a late command cannot move the robot; both clocks must agree to less than
+``time_from_start``. A new trajectory replaces the last one. At the end of a trajectory the robot stays there: with
+``points: chunk`` a controller that dies leaves the rest of its chunk to the driver, with ``points: one`` a single step.
+"""
+
+import importlib
 from array import array
-from typing import Protocol
+from collections import deque
+from typing import Any, Protocol
 
 import numpy as np
+from geometry_msgs.msg import TwistStamped
+from rclpy.action import ActionClient
 from rclpy.node import Node
 from rclpy.serialization import serialize_message
 from sensor_msgs.msg import JointState
+from std_msgs.msg import Float64MultiArray
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from a2c2_ros.core.errors import ConfigError
-from a2c2_ros.drivers.profile import Profile
-from a2c2_ros.nodes.conversions import to_time
+from a2c2_ros.drivers.profile import CommandSpec, GripperSpec, Profile
+from a2c2_ros.nodes.conversions import to_duration, to_time
 from a2c2_ros.nodes.runtime import reliable_qos
+
+GRIPPER_REPEAT_NS = 1_000_000_000
+"""A gripper command that did not change is published again after this time [ns]: its driver may have been restarted.
+After a silence of this length an action's goal is sent again, too: somebody else may have moved the gripper."""
 
 
 class Sink(Protocol):
-    """Sends commands to a robot."""
+    """Sends commands to a robot; never waits."""
 
-    def send(self, command: np.ndarray, stamp_ns: int) -> None:
-        """Send a command, (A,) float32 in action units, of the tick with this stamp [ns]."""
+    wants_rest: bool  # send takes the rest of the chunk
+
+    def send(self, command: np.ndarray, stamp_ns: int, rest: np.ndarray | None = None) -> None:
+        """Send a command.
+
+        Args:
+            command: (A,) float32, action units.
+            stamp_ns: Time of the tick [ns].
+            rest: (n, A) float32, the actions that follow, one control period apart; only if ``wants_rest``.
+        """
         ...
 
     def rehearse(self, command: np.ndarray, stamp_ns: int) -> None:
@@ -27,35 +52,200 @@ class Sink(Protocol):
 
 
 def make_sink(node: Node, profile: Profile) -> Sink:
-    """The sink of a profile's ``command.kind``.
+    """The sink of a profile.
 
     Raises:
-        ConfigError: If there is no such kind.
+        ConfigError: If the gripper's kind needs control_msgs and they are not installed.
     """
-    if profile.command_kind not in SINKS:
-        raise ConfigError(f"command.kind is {profile.command_kind!r}, allowed are {sorted(SINKS)}")
-    return SINKS[profile.command_kind](node, profile)
+    return RobotSink(node, profile)
 
 
-class JointStateSink:
-    """``sensor_msgs/JointState``: one position per action channel."""
+class RobotSink:
+    """One topic for the arm and, if the profile has a gripper, its own topic or action."""
 
     def __init__(self, node: Node, profile: Profile) -> None:
-        self._publisher = node.create_publisher(JointState, profile.command_topic, reliable_qos(1))
-        self._message = JointState(name=list(profile.robot.action_names))  # reused: nothing but the values changes
+        command = profile.command
+        self.wants_rest = command.points == "chunk"
+        self._mapping = command.mapping
+        self._message = MESSAGES[command.kind](command)
+        self._publisher = node.create_publisher(self._message.message_type, command.topic, reliable_qos(1))
+        self._gripper = None if profile.gripper is None else _Gripper(node, profile.gripper)
 
-    def send(self, command: np.ndarray, stamp_ns: int) -> None:
+    def send(self, command: np.ndarray, stamp_ns: int, rest: np.ndarray | None = None) -> None:
         """See :class:`Sink`."""
-        self._publisher.publish(self._filled(command, stamp_ns))
+        self._publisher.publish(self._filled(command, stamp_ns, rest))
+        if self._gripper is not None:
+            self._gripper.send(command, stamp_ns)
 
     def rehearse(self, command: np.ndarray, stamp_ns: int) -> None:
         """See :class:`Sink`."""
-        serialize_message(self._filled(command, stamp_ns))
+        serialize_message(self._filled(command, stamp_ns, None))
 
-    def _filled(self, command: np.ndarray, stamp_ns: int) -> JointState:
+    def _filled(self, command: np.ndarray, stamp_ns: int, rest: np.ndarray | None) -> Any:
+        values = self._mapping.to_driver(command)
+        return self._message.filled(values, stamp_ns, None if rest is None else self._mapping.to_driver(rest))
+
+
+# --- messages: made once and reused, nothing but the values changes --------------------------------------------------
+
+
+class Message(Protocol):
+    """A message of the driver."""
+
+    message_type: type
+
+    def filled(self, values: np.ndarray, stamp_ns: int, rest: np.ndarray | None) -> Any:
+        """The message with (J,) float64 values in the driver's units and order, and (n, J) that follow."""
+        ...
+
+
+class _JointState:
+    """``sensor_msgs/JointState``: positions by name."""
+
+    message_type = JointState
+
+    def __init__(self, spec: CommandSpec) -> None:
+        self._message = JointState(name=list(spec.joints))
+
+    def filled(self, values: np.ndarray, stamp_ns: int, rest: np.ndarray | None) -> JointState:
         self._message.header.stamp = to_time(stamp_ns)
-        self._message.position = array("d", command)
+        self._message.position = array("d", values)
         return self._message
 
 
-SINKS: dict[str, type[Sink]] = {"joint_state": JointStateSink}
+class _Float64MultiArray:
+    """``std_msgs/Float64MultiArray``: bare values, as the forward controllers of ros2_control take them."""
+
+    message_type = Float64MultiArray
+
+    def __init__(self, spec: CommandSpec | GripperSpec) -> None:
+        self._message = Float64MultiArray()
+
+    def filled(self, values: np.ndarray, stamp_ns: int, rest: np.ndarray | None) -> Float64MultiArray:
+        self._message.data = array("d", values)
+        return self._message
+
+
+class _TwistStamped:
+    """``geometry_msgs/TwistStamped``: velocities [m/s, rad/s] in a frame."""
+
+    message_type = TwistStamped
+
+    def __init__(self, spec: CommandSpec) -> None:
+        self._message = TwistStamped()
+        self._message.header.frame_id = spec.frame_id
+
+    def filled(self, values: np.ndarray, stamp_ns: int, rest: np.ndarray | None) -> TwistStamped:
+        linear, angular = self._message.twist.linear, self._message.twist.angular
+        self._message.header.stamp = to_time(stamp_ns)
+        linear.x, linear.y, linear.z, angular.x, angular.y, angular.z = values.tolist()
+        return self._message
+
+
+class _JointTrajectory:
+    """``trajectory_msgs/JointTrajectory``: positions at times."""
+
+    message_type = JointTrajectory
+
+    def __init__(self, spec: CommandSpec | GripperSpec) -> None:
+        joints = spec.joints if isinstance(spec, CommandSpec) else [spec.joint]
+        self._message = JointTrajectory(joint_names=list(joints))
+        self._timing = spec.timing
+        self._points: list[JointTrajectoryPoint] = []
+
+    def filled(self, values: np.ndarray, stamp_ns: int, rest: np.ndarray | None) -> JointTrajectory:
+        timing = self._timing
+        if timing.stamp == "tick":
+            self._message.header.stamp = to_time(stamp_ns)
+        rows = [values] if rest is None else [values, *rest]
+        while len(self._points) < len(rows):
+            time_ns = timing.time_from_start_ns + len(self._points) * timing.period_ns
+            self._points.append(JointTrajectoryPoint(time_from_start=to_duration(time_ns)))
+        points = self._points[: len(rows)]
+        for point, row in zip(points, rows, strict=True):
+            point.positions = array("d", row)
+        self._message.points = points
+        return self._message
+
+
+MESSAGES: dict[str, type] = {
+    "joint_state": _JointState,
+    "joint_trajectory": _JointTrajectory,
+    "float64_multi_array": _Float64MultiArray,
+    "twist_stamped": _TwistStamped,
+}
+
+
+# --- grippers --------------------------------------------------------------------------------------------------------
+
+
+class _Gripper:
+    """Sends a gripper's channel when it changed by more than the tolerance; see GRIPPER_REPEAT_NS."""
+
+    def __init__(self, node: Node, spec: GripperSpec) -> None:
+        self._spec = spec
+        self._driver = _GripperTopic(node, spec) if spec.kind in MESSAGES else _GripperAction(node, spec)
+        self._sent: float | None = None
+        self._sent_ns = 0
+        self._asked_ns = 0
+
+    def send(self, command: np.ndarray, stamp_ns: int) -> None:
+        value = self._spec.mapping.to_driver(float(command[self._spec.mapping.channel]))
+        last_ns = self._sent_ns if self._driver.repeats else self._asked_ns
+        self._asked_ns = stamp_ns
+        if (
+            self._sent is None
+            or abs(value - self._sent) > self._spec.tolerance
+            or not 0 <= stamp_ns - last_ns < GRIPPER_REPEAT_NS
+        ):
+            self._sent, self._sent_ns = value, stamp_ns
+            self._driver.send(value, stamp_ns)
+
+
+class _GripperTopic:
+    repeats = True
+
+    def __init__(self, node: Node, spec: GripperSpec) -> None:
+        self._message = MESSAGES[spec.kind](spec)
+        self._publisher = node.create_publisher(self._message.message_type, spec.topic, reliable_qos(1))
+
+    def send(self, value: float, stamp_ns: int) -> None:
+        self._publisher.publish(self._message.filled(np.array([value]), stamp_ns, None))
+
+
+class _GripperAction:
+    """Goals of control_msgs; the executor's thread sends them, the tick only says which one is wanted."""
+
+    repeats = False
+
+    def __init__(self, node: Node, spec: GripperSpec) -> None:
+        name = "GripperCommand" if spec.kind == "gripper_command" else "ParallelGripperCommand"
+        try:
+            self._type = getattr(importlib.import_module("control_msgs.action"), name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"gripper.kind is {spec.kind!r}, which needs control_msgs with the action {name}: {error}"
+            ) from error
+        self._spec = spec
+        self._client = ActionClient(node, self._type, spec.topic)
+        self._wanted: deque[float] = deque(maxlen=1)
+        self._ready = node.create_guard_condition(self._send_goal)
+        self._waiting = node.create_timer(GRIPPER_REPEAT_NS / 1e9, self._send_goal)  # until there is a server
+
+    def send(self, value: float, stamp_ns: int) -> None:
+        self._wanted.append(value)
+        self._ready.trigger()
+
+    def _send_goal(self) -> None:
+        if not self._wanted or not self._client.server_is_ready():
+            return
+        wanted = self._wanted.popleft()
+        goal = self._type.Goal()
+        if self._spec.kind == "gripper_command":
+            goal.command.position = wanted
+            goal.command.max_effort = self._spec.max_effort
+        else:
+            goal.command.name = [self._spec.joint]
+            goal.command.position = [wanted]
+            goal.command.effort = [self._spec.max_effort] if self._spec.max_effort else []
+        self._client.send_goal_async(goal)

@@ -355,6 +355,7 @@ def _parameters_changed(rig: Rig, rng: np.random.Generator) -> End:
         "future_tolerance_s": (0.01, 0.05),
         "rearm_after_s": (0.0, 0.1, 0.3),
         "halt_steps": (1, 20),
+        "takeover_timeout_s": (0.02, 0.2),
         "clock_timeout_s": (0.05, 0.5),
     }
     for name in rng.choice(list(choices), size=rng.integers(1, 4), replace=False):
@@ -367,13 +368,11 @@ def _parameters_changed(rig: Rig, rng: np.random.Generator) -> End:
 def _parameters_refused(rig: Rig, rng: np.random.Generator) -> End:
     wrong = (("residual_limit", -1.0), ("halt_steps", 0), ("max_chunk_age_s", float("nan")), ("control_rate_hz", 1.0))
     name, value = wrong[rng.integers(len(wrong))]
-    before = rig.config
     try:
-        rig.set_parameters({name: value})
+        rig.config.replaced({name: value})
     except ConfigError:
         return _nothing
     rig.judge.report("parameters", f"{name} = {value} was accepted")
-    rig.config = before
     return _nothing
 
 
@@ -441,6 +440,27 @@ def _moved_outside(rig: Rig, rng: np.random.Generator) -> End:
         rig.arm.hand = rng.uniform(-1.0, 1.0, rig.kind.joints)
 
     return end
+
+
+@_fault("a person takes over")
+def _taken_over(rig: Rig, rng: np.random.Generator) -> End:
+    lower, upper = np.array(rig.kind.lower), np.array(rig.kind.upper)
+    goal = rng.uniform(lower - 0.2, upper + 0.2)
+    return _while(rig.people, lambda: (goal, rig.clock_ns))
+
+
+@_fault("a person sends garbage")
+def _garbage_taken_over(rig: Rig, rng: np.random.Generator) -> End:
+    size = len(rig.kind.names)
+    garbage = (
+        lambda: (np.full(size, np.nan), rig.clock_ns),
+        lambda: (np.full(size, np.inf), rig.clock_ns),
+        lambda: (np.zeros(size - 1), rig.clock_ns),
+        lambda: (np.zeros(size), 0),
+        lambda: (np.zeros(size), rig.clock_ns + 1_000_000_000),
+        lambda: (np.zeros(size), rig.clock_ns - 1_000_000_000),
+    )
+    return _while(rig.people, lambda: garbage[rng.integers(len(garbage))]())
 
 
 @_fault("arm blocked")

@@ -24,6 +24,8 @@ INVARIANTS = {
     "ticks and stay there",
     "recovery jump": "the first motion starts within a step of where the robot is",
     "latched": "after an emergency stop, a disable or a defect nothing moves until a person enables",
+    "takeover": "a person's fresh command is followed within the limits; afterwards no chunk that was observed before "
+    "is executed",
     "planners took turns": "a second planner does not move the robot while the first has a chunk",
     "no recovery": "with good data the robot moves again within the bound",
     "record": "every command that was sent is in the record of its tick",
@@ -61,6 +63,7 @@ class Rules:
     action_margin: float = 1.0
     rearm_after_ns: int = 100_000_000
     stop_timeout_ns: int = 0
+    takeover_timeout_ns: int = 200_000_000
     recovery_ns: int = 200_000_000  # beside rearm_after and the way to where the arm is, time to move again
     stamp_slack_ns: int = 0  # ages are told with this accuracy
     grace_ns: int = 0  # time from a person's order to the tick that must obey
@@ -212,6 +215,13 @@ class Judge:
             self._usable.sort(key=lambda c: c.t_obs_ns, reverse=True)
             del self._usable[4:]
 
+    def takeover(self, command: np.ndarray, stamp_ns: int, now_ns: int) -> None:
+        """A person's command was delivered."""
+        sound = command.shape == (len(self.rules.names),) and bool(np.isfinite(command).all())
+        newest = self._person is None or stamp_ns > self._person[0]
+        if sound and newest and 0 < stamp_ns <= now_ns + self.rules.future_tolerance_ns:
+            self._person = stamp_ns, np.clip(command, self.rules.lower, self.rules.upper)
+
     def enabling(self) -> None:
         """A person asks to enable the loop: from now on it may be enabled, the answer comes later."""
         self._asked = True
@@ -277,7 +287,11 @@ class Judge:
         problem = self._problem(seen.t_ns, clock)
         moving = seen.state in MOVING
         if moving:
-            self._check_data(seen, clock)
+            self._check_latch(seen, clock)
+            if seen.state == State.TAKEOVER:
+                self._check_person(seen)
+            else:
+                self._check_data(seen)
         self._check_command(seen, moving)
         self._check_hold(seen, moving, problem)
         self._measure(seen, moving, problem if moving else self._problem(seen.t_ns, clock, BORDER_NS))
@@ -322,6 +336,8 @@ class Judge:
     # --- data ---------------------------------------------------------------------------------------------------
 
     def _forget_data(self) -> None:
+        self._person: tuple[int, np.ndarray] | None = None  # stamp and command
+        self._driven_ns = 0  # last tick of a takeover
         self._streams = {name: _Stream() for name in self.rules.max_ages_ns}
         self._forget_chunks()
 
@@ -364,19 +380,25 @@ class Judge:
             return "latched"
         if clock:
             return clock
-        for name, limit_ns in self.rules.max_ages_ns.items():
-            stamp_ns = self._newest(name, t_ns)
+        driven, name = self._drives(t_ns), self.rules.measured_stream
+        for stream, limit_ns in self.rules.max_ages_ns.items():
+            stamp_ns = self._newest(stream, t_ns)
+            if driven and stream != name:
+                continue
             if stamp_ns is None or t_ns - stamp_ns > limit_ns - border_ns:
-                return f"{name} is stale"
-        if not any(self._slot_error(chunk, t_ns) == "" for chunk in self._usable):
+                return f"{stream} is stale"
+        if not driven and not any(self._slot_error(chunk, t_ns) == "" for chunk in self._usable):
             return "no chunk"
-        if self.head_fails:
+        if self.head_fails and not driven:
             return "head"
-        name = self.rules.measured_stream
         if not name or self._was_moving:
             return ""
         outside = self._outside(self._streams[name].measured[self._newest(name, t_ns)])
         return "measured outside the limits" if outside.any() else ""
+
+    def _drives(self, t_ns: int) -> bool:
+        """A person commands at this tick."""
+        return self._person is not None and t_ns - self._person[0] <= self.rules.takeover_timeout_ns
 
     def _newest(self, stream: str, t_ns: int) -> int | None:
         """Stamp of the newest good sample that may count at the tick."""
@@ -391,6 +413,8 @@ class Judge:
             return f"slot {slot} of chunk {chunk.chunk_id} with {horizon} slots"
         if age_ns > self.rules.max_chunk_age_ns:
             return f"chunk {chunk.chunk_id} is {age_ns / 1e9:.3f} s old"
+        if chunk.t_obs_ns < self._driven_ns:
+            return f"chunk {chunk.chunk_id} was observed before a takeover ended"
         return ""
 
     def _claimed_measured(self, seen: Seen) -> np.ndarray | None:
@@ -408,14 +432,35 @@ class Judge:
         slack = np.where(np.isfinite(largest), largest, 0.0) * (1 + RELATIVE) + RELATIVE
         return (measured < self.rules.lower - slack) | (measured > self.rules.upper + slack)  # False for NaN
 
-    def _check_data(self, seen: Seen, clock: str) -> None:
-        """The robot moves: was it allowed to?"""
-        rules, t_ns = self.rules, seen.t_ns
-        late_ns = 0 if seen.sent_ns is None else max(0, seen.sent_ns - t_ns - rules.period_ns)
-        if self._latched_ns is not None and not self._asked and seen.wall_ns - self._latched_ns > rules.grace_ns:
+    def _check_latch(self, seen: Seen, clock: str) -> None:
+        """The robot moves: may it?"""
+        grace_ns = self.rules.grace_ns
+        if self._latched_ns is not None and not self._asked and seen.wall_ns - self._latched_ns > grace_ns:
             self._violation("latched", f"{seen.state.name} after a stop")
         if clock:
             self._stale(clock)
+
+    def _check_person(self, seen: Seen) -> None:
+        """A person moves the robot: to where the person says?"""
+        self._driven_ns = seen.t_ns
+        if not self._drives(seen.t_ns):
+            self._stale("nobody commands")
+            return
+        reference, name = self._reference(seen), self.rules.measured_stream
+        if name and self._claimed_measured(seen) is None:
+            self._stale(f"{name} is stale")
+        if reference is None or seen.command is None or seen.command.shape != reference.shape:
+            return  # told elsewhere
+        wanted = self._person[1]
+        if (np.abs(seen.command - wanted) > np.abs(reference - wanted) * (1 + RELATIVE) + POSITION).any():
+            self._violation("takeover", f"commanded {seen.command.tolist()}, the person {wanted.tolist()}")
+
+    def _check_data(self, seen: Seen) -> None:
+        """The policy moves the robot: on what?"""
+        rules, t_ns = self.rules, seen.t_ns
+        late_ns = 0 if seen.sent_ns is None else max(0, seen.sent_ns - t_ns - rules.period_ns)
+        if self._drives(t_ns):
+            self._violation("takeover", f"{seen.state.name} while a person commands")
         for name, limit_ns in rules.max_ages_ns.items():
             age_ns = seen.ages_ns.get(name)
             if age_ns is None:
@@ -430,7 +475,7 @@ class Judge:
             return
         errors = [self._slot_error(c, t_ns) or self._action_error(c, seen) for c in chunks]
         if all(errors):
-            self._stale(errors[0])
+            self._violation("takeover" if "takeover" in errors[0] else "stale data moved the robot", errors[0])
             return
         possible = [chunk for chunk, error in zip(chunks, errors) if not error]
         chunk = next((c for c in possible if c.planner == self._owner), possible[0])  # two may be the same to the eye
@@ -619,4 +664,3 @@ class Judge:
             self.unsafe_ticks.add(self.ticks)
         t_ns = 0 if self._last_t_ns is None else self._last_t_ns
         self.violations.append(Violation(self.ticks, t_ns, invariant, detail, self.faults))
-

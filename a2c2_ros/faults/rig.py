@@ -122,6 +122,7 @@ def _rules_of(config: ControllerConfig) -> dict[str, Any]:
         "action_margin": config.action_margin,
         "rearm_after_ns": round(config.rearm_after_s * 1e9),
         "stop_timeout_ns": round(config.emergency_stop_timeout_s * 1e9),
+        "takeover_timeout_ns": round(config.takeover_timeout_s * 1e9),
     }
 
 
@@ -237,6 +238,7 @@ class Rig:
         self.stream_faults: dict[str, list[Callable[[Sample], Sample | None]]] = {n: [] for n in SAMPLE_RATES_HZ}
         self.chunk_faults: list[Callable[[list[ChunkOnItsWay]], list[ChunkOnItsWay]]] = []
         self.head_faults: list[Callable[[np.ndarray], Any]] = []
+        self.people: list[Callable[[], tuple[np.ndarray, int]]] = []  # command and stamp [ns] of every period
         self.arm = Arm(kind.joints, self.rng)
         self.last_step: ControlStep | None = None
         self._robot = make_robot(kind, simulated)
@@ -308,6 +310,12 @@ class Rig:
         self.loop.emergency_stop(self.pressed > 0, self.clock_ns)
         self.judge.emergency_stop(self.pressed > 0, self.clock_ns)
 
+    def take_over(self, command: np.ndarray, stamp_ns: int) -> None:
+        """A person commands the robot."""
+        self.judge.takeover(command, stamp_ns, self.clock_ns)
+        with contextlib.suppress(ObservationError):  # if it was sound, the judge will miss it
+            self.loop.take_over(command, stamp_ns, self.clock_ns)
+
     def set_parameters(self, changes: Mapping[str, Any]) -> None:
         """Change parameters as over the service.
 
@@ -357,6 +365,8 @@ class Rig:
             self._signal_due_ns = self.steady_ns + SIGNAL_PERIOD_NS
             self.signal()
         self._deliver()
+        for person in self.people:
+            self.take_over(*person())
         if self.ticks_to_miss:
             self.ticks_to_miss -= 1
         elif not self.clock_stopped:

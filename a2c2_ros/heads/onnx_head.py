@@ -1,5 +1,6 @@
 """A correction head in ONNX Runtime, cut at the camera tokens so that images need not wait for the tick."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -136,6 +137,7 @@ class OnnxHead:
         self.path = Path(path)
         self._providers = list(providers)
         model = read_graph(path)
+        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()  # of the file
         self.manifest = read_manifest(model, path)
         self._inputs = input_shapes(self.manifest)
         self._check_graph(model)

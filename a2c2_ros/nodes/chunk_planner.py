@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
 import numpy as np
+from sensor_msgs.msg import JointState
 from std_msgs.msg import String
 
 from a2c2_ros.core.chunk import ActionChunk
@@ -58,6 +59,7 @@ class ChunkPlanner(ManagedNode):
     def configure(self) -> None:
         config = self._settings.value
         self._profile = load_profile(config.robot)
+        self._profile.check_rate(config.control_rate_hz)
         robot, shapes = self._profile.robot, self._profile.camera_shapes()
         self._policy = policy = load_policy_for(
             self._profile,
@@ -91,6 +93,10 @@ class ChunkPlanner(ManagedNode):
         self._instruction_subscription = self.create_subscription(
             String, "instruction", self._on_instruction, latched_qos(1)
         )
+        # When the person lets go, the robot waits for a chunk that was observed since.
+        self._takeover_subscription = self.create_subscription(
+            JointState, "takeover", lambda _: self._schedule.replan(), reliable_qos(1)
+        )
         self._source = ObservationSource(self, self._profile, self._settings.value.lockstep, self._log, self._on_sample)
 
     def deactivate(self) -> None:
@@ -98,6 +104,7 @@ class ChunkPlanner(ManagedNode):
             return
         self._source.close()
         self.destroy_subscription(self._instruction_subscription)
+        self.destroy_subscription(self._takeover_subscription)
         self._cancel_due_timer()
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._worker = None

@@ -16,6 +16,8 @@ from a2c2_ros.core.controller import ControlStep
 from a2c2_ros.core.errors import ChunkError, ObservationError
 from a2c2_ros.core.health import Status
 from a2c2_ros.core.planner import ChunkRequest
+from a2c2_ros.core.replay import RecordedStep
+from a2c2_ros.core.safety import Reason, State
 from a2c2_ros.core.timing import ChunkTiming, StepTiming
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import ControlStep as ControlStepMsg
@@ -256,17 +258,21 @@ def timing_to_message(
     return message
 
 
-def step_to_message(step: ControlStep, streams: tuple[str, ...], timing: StepTiming) -> ControlStepMsg:
-    """Control step to its message; ``streams`` is the order of the ages."""
+def step_to_message(
+    step: ControlStep, streams: tuple[str, ...], timing: StepTiming, configuration: int
+) -> ControlStepMsg:
+    """Control step to its message; ``streams`` is the order of the ages, ``configuration`` the revision in use."""
     ages = [step.ages_ns[name] / 1e9 if name in step.ages_ns else float("inf") for name in streams]
     message = ControlStepMsg(
         tick=step.tick,
+        configuration=configuration,
         chunk_id=step.chunk_id,
         chunk_stamp=to_time(step.t_obs_ns),
         slot=step.slot,
         horizon=step.horizon,
         stream_names=list(streams),
         stream_ages_s=ages,
+        takeover_age_s=float("inf") if step.takeover_age_ns is None else step.takeover_age_ns / 1e9,
         head_time_s=step.head_ns / 1e9,
         period_error_s=timing.period_error_ns / 1e9,
         lateness_s=timing.lateness_ns / 1e9,
@@ -284,6 +290,26 @@ def step_to_message(step: ControlStep, streams: tuple[str, ...], timing: StepTim
     if step.command is not None:
         message.command.frombytes(step.command.tobytes())
     return message
+
+
+def message_to_recorded(message: ControlStepMsg) -> RecordedStep:
+    """What a replay needs of a control step; ages are as exact as float32 has them."""
+    ages = zip(message.stream_names, message.stream_ages_s, strict=True)
+    return RecordedStep(
+        tick=message.tick,
+        configuration=message.configuration,
+        t_tick_ns=to_ns(message.header.stamp),
+        state=State(message.state),
+        reason=Reason(message.reason),
+        detail=message.detail,
+        t_obs_ns=to_ns(message.chunk_stamp),
+        slot=message.slot,
+        base_action=np.array(message.base_action, np.float32),
+        command=np.array(message.command, np.float32) if len(message.command) else None,
+        ages_ns={name: round(age * 1e9) for name, age in ages if np.isfinite(age)},
+        takeover_age_ns=round(message.takeover_age_s * 1e9) if np.isfinite(message.takeover_age_s) else None,
+        head_ns=round(message.head_time_s * 1e9),
+    )
 
 
 def status_to_message(status: Status, node: str, hardware: str) -> DiagnosticStatus:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import sys
 import time
 import traceback
@@ -17,12 +18,13 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import ClockType
 from rclpy.task import Future
+from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool
 from std_srvs.srv import SetBool
 
 from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import ControlStep, CorrectionLoop
-from a2c2_ros.core.errors import ChunkError, StateError
+from a2c2_ros.core.errors import ChunkError, ObservationError, StateError
 from a2c2_ros.core.health import LoopHealth
 from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.safety import Reason, State, Verdict
@@ -31,9 +33,16 @@ from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.drivers.sinks import Sink, make_sink
 from a2c2_ros.heads.onnx_head import OnnxHead
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
+from a2c2_ros.msg import ControlConfiguration, PlannerStatus
 from a2c2_ros.msg import ControlStep as ControlStepMsg
-from a2c2_ros.msg import PlannerStatus
-from a2c2_ros.nodes.conversions import message_to_chunk, status_to_message, step_to_message, to_ns, to_time
+from a2c2_ros.nodes.conversions import (
+    joint_state_to_array,
+    message_to_chunk,
+    status_to_message,
+    step_to_message,
+    to_ns,
+    to_time,
+)
 from a2c2_ros.nodes.observation_source import ObservationSource
 from a2c2_ros.nodes.realtime import TickThread, become_normal, become_realtime
 from a2c2_ros.nodes.runtime import (
@@ -85,6 +94,8 @@ class CorrectionController(ManagedNode):
         self._postponed_work: deque[Callable[[], None]] = deque()
         self._work_ready = self.create_guard_condition(self._do_postponed_work, callback_group=self._inputs)
         self._unpublished: ControlStepMsg | None = None
+        self._announced = 0  # newest revision of the configuration
+        self._revision = 0  # the one that the loop uses
         self._due: Tick | None = None
         self._postponed_ticks = 0
         self._last_run_ns: int | None = None
@@ -98,6 +109,7 @@ class CorrectionController(ManagedNode):
     def configure(self) -> None:
         config = self._settings.value
         self._profile = load_profile(config.robot)
+        self._profile.check_rate(config.control_rate_hz)
         self._head = self._load_head(config)
         self._loop = CorrectionLoop(config, self._profile.robot, self._head)
         self._rehearsal = CorrectionLoop(
@@ -109,11 +121,15 @@ class CorrectionController(ManagedNode):
             self._sink = make_sink(self, self._profile)
             self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
             self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", reliable_qos(10))
+            self._configuration_publisher = self.create_publisher(
+                ControlConfiguration, "control_configuration", latched_qos(10)
+            )
             # A stop has to be heard in every state.
             self.create_service(SetBool, "~/enable", self._on_enable, callback_group=self._inputs)
             self.create_subscription(
                 Bool, "emergency_stop", self._on_emergency_stop, reliable_qos(10), callback_group=self._inputs
             )
+        self._revision = self._announce(config, self._head)
         clock = "simulated" if self.get_clock().ros_time_is_active else "system"
         self.get_logger().info(
             f"configured: robot {self._profile.robot.name}, {config.control_rate_hz:g} Hz on the {clock} clock, "
@@ -138,6 +154,9 @@ class CorrectionController(ManagedNode):
         )
         self._chunk_subscription = self.create_subscription(
             ActionChunkMsg, "action_chunk", self._on_chunk, latched_qos(2), callback_group=self._inputs
+        )
+        self._takeover_subscription = self.create_subscription(
+            JointState, "takeover", self._on_takeover, reliable_qos(1), callback_group=self._inputs
         )
         self._health = LoopHealth(self._stream_names)
         self._reported_s = time.monotonic()
@@ -187,6 +206,7 @@ class CorrectionController(ManagedNode):
         self._source.close()
         self._source = None
         self.destroy_subscription(self._chunk_subscription)
+        self.destroy_subscription(self._takeover_subscription)
         for command in self._loop.stop(self._now_ns(observation), observation):
             if self.context.ok():
                 self._sink.send(command, self.get_clock().now().nanoseconds)
@@ -247,7 +267,26 @@ class CorrectionController(ManagedNode):
             self._head = self._candidate_head[1].result()
         self._candidate_head = None
         # Not the loop's head: what was posted before may not have reached it yet.
-        self._post(partial(self._loop.configure, config, self._head))
+        self._post(partial(self._use, config, self._head, self._announce(config, self._head)))
+
+    def _use(self, config: ControllerConfig, head: OnnxHead | None, revision: int) -> None:
+        self._loop.configure(config, head)
+        self._revision = revision
+
+    def _announce(self, config: ControllerConfig, head: OnnxHead | None) -> int:
+        """Publish a configuration, before any step that uses it; returns its revision."""
+        self._announced += 1
+        message = ControlConfiguration(
+            revision=self._announced,
+            parameters=json.dumps(config.ros_values),
+            robot=self._profile.text,
+        )
+        if head is not None:
+            message.head_path, message.head_sha256 = str(head.path), head.sha256
+            message.head_manifest = head.manifest.to_json()
+        message.header.stamp = to_time(self.get_clock().now().nanoseconds)
+        self._configuration_publisher.publish(message)
+        return self._announced
 
     def _prepare(self, camera: str, image: np.ndarray) -> None:
         """Runs on the source's preparation thread."""
@@ -324,6 +363,21 @@ class CorrectionController(ManagedNode):
     def _on_emergency_stop(self, message: Bool) -> None:
         if self._loop is not None:
             self._post(lambda: self._loop.emergency_stop(message.data, self.get_clock().now().nanoseconds))
+
+    def _on_takeover(self, message: JointState) -> None:
+        try:
+            command = joint_state_to_array(message, self._profile.robot.action_names)
+        except ObservationError as error:
+            self._log.problem("takeover", f"takeover command refused: {error}")
+        else:
+            self._log.fine("takeover")
+            self._post(partial(self._take_over, command, to_ns(message.header.stamp)))
+
+    def _take_over(self, command: np.ndarray, stamp_ns: int) -> None:
+        try:
+            self._loop.take_over(command, stamp_ns, self._now_ns(self._source.snapshot()))
+        except ObservationError as error:
+            self._later(partial(self._log.problem, "takeover command", f"takeover command refused: {error}"))
 
     def _on_chunk(self, message: ActionChunkMsg) -> None:
         try:
@@ -471,7 +525,8 @@ class CorrectionController(ManagedNode):
             return
         command_latency_ns = 0
         if step.command is not None:
-            self._sink.send(step.command, tick.t_tick_ns)
+            rest = self._loop.rest_of_chunk(step) if self._sink.wants_rest else None
+            self._sink.send(step.command, tick.t_tick_ns, rest)
             command_latency_ns = self.get_clock().now().nanoseconds - tick.t_tick_ns
         missed, self._postponed_ticks = tick.missed + self._postponed_ticks, 0
         period_error_ns = 0
@@ -480,7 +535,7 @@ class CorrectionController(ManagedNode):
         self._last_run_ns = started_ns
         timing = StepTiming(period_error_ns, started_ns - tick.t_tick_ns, command_latency_ns, missed)
         self._publish_step()
-        self._unpublished = step_to_message(step, self._stream_names, timing)
+        self._unpublished = step_to_message(step, self._stream_names, timing, self._revision)
         if self._thread is None or not self._thread.leads:
             self._publish_step()
         self._health.add(step, timing)

@@ -1,21 +1,25 @@
 """Subscriptions of a robot profile's sensor topics into an observation buffer."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 from geometry_msgs.msg import PoseStamped
 from rclpy.callback_groups import CallbackGroup
 from rclpy.node import Node
-from sensor_msgs.msg import Image, JointState
+from rclpy.serialization import deserialize_message
+from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from a2c2_ros.core.config import FUTURE_TOLERANCE_S
 from a2c2_ros.core.errors import HeadError, ObservationError
 from a2c2_ros.core.observation import Observation, ObservationBuffer
 from a2c2_ros.drivers.profile import CameraTopic, Profile
 from a2c2_ros.nodes.conversions import (
+    ImageView,
     image_to_array,
     joint_state_to_array,
     pose_to_array,
@@ -24,6 +28,9 @@ from a2c2_ros.nodes.conversions import (
 )
 from a2c2_ros.nodes.realtime import LatestWorker
 from a2c2_ros.nodes.runtime import EdgeLog, sensor_qos
+
+COLOUR_FORMAT = re.compile(r"(\w+; )?(jpe?g|png)( compressed bgr8)?")
+"""``CompressedImage.format`` of 8-bit colour: the codec alone, or as image_transport writes it."""
 
 
 class ObservationSource:
@@ -77,7 +84,8 @@ class ObservationSource:
         if profile.ee_pose_topic is not None:
             self._subscribe(PoseStamped, profile.ee_pose_topic, "ee_pose", _stamped(pose_to_array))
         for camera in profile.cameras:
-            self._subscribe(Image, camera.topic, camera.name, self._image_converter(camera), image=True)
+            message_type = CompressedImage if camera.transport == "compressed" else Image
+            self._subscribe(message_type, camera.topic, camera.name, self._image_converter(camera), image=True)
 
     @property
     def dropped(self) -> int:
@@ -132,8 +140,10 @@ class ObservationSource:
         return True
 
     def _image_converter(self, camera: CameraTopic) -> "Converter":
+        view = compressed_to_image if camera.transport == "compressed" else serialized_to_image
+
         def convert(serialized: bytes) -> tuple[int, np.ndarray]:
-            message = serialized_to_image(serialized)
+            message = view(serialized)
             image = image_to_array(message, camera.height, camera.width, camera.shape)
             if self._prepare is not None:
                 try:
@@ -143,6 +153,30 @@ class ObservationSource:
             return message.stamp_ns, image
 
         return convert
+
+
+def compressed_to_image(serialized: bytes) -> ImageView:
+    """Decoded pixels of a serialised ``sensor_msgs/CompressedImage``.
+
+    Raises:
+        ObservationError: If the bytes are no such message, or the image is not 8-bit colour as JPEG or PNG.
+    """
+    try:
+        message = deserialize_message(serialized, CompressedImage)
+    except RuntimeError as error:
+        raise ObservationError(f"compressed image message of {len(serialized)} bytes: {error}") from error
+    if not COLOUR_FORMAT.fullmatch(message.format):
+        raise ObservationError(f"compressed image has format {message.format!r}, allowed are JPEG and PNG of bgr8")
+    try:
+        # Unchanged: a grey or 16-bit image must be seen as what it is.
+        image = cv2.imdecode(np.frombuffer(message.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise ObservationError(f"compressed image of {len(message.data)} bytes: {error}") from error
+    if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        what = "nothing" if image is None else f"{image.shape} {image.dtype}"
+        raise ObservationError(f"compressed image of {len(message.data)} bytes holds {what}, allowed is 8-bit colour")
+    height, width, _ = image.shape
+    return ImageView(to_ns(message.header.stamp), height, width, "bgr8", 3 * width, memoryview(image).cast("B"))
 
 
 Converter = Callable[[Any], tuple[int, np.ndarray]]
