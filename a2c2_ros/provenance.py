@@ -16,6 +16,8 @@ PACKAGES = (
     "transformers",
     "websockets",
     "msgpack",
+    "mcap",
+    "rosbags",
     "ros-kilted-rclpy",
 )
 

@@ -1,25 +1,45 @@
-"""Node ``episode_recorder``: every topic of a run into a rosbag2 (MCAP), as the bytes that came over the wire."""
+"""Node ``episode_recorder``: everything of a run into a rosbag2 (MCAP), as the bytes that came over the wire."""
 
+import importlib
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from geometry_msgs.msg import PoseStamped
+import yaml
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rcl_interfaces.msg import Parameter, ParameterEvent
+from rclpy.duration import Duration
+from rclpy.parameter_client import AsyncParameterClient
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from rosbags.rosbag2 import StoragePlugin, Writer
-from rosbags.typesys import Stores, get_types_from_msg, get_typestore
-from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import String
+from rclpy.serialization import serialize_message
+from rclpy.subscription import Subscription
+from rclpy.task import Future
+from rclpy.topic_endpoint_info import TopicEndpointInfo
 
 from a2c2_ros.core.config import Parameters, parameter
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.msg import ActionChunk, ControlStep, EpisodeStatus, PlannerTiming
-from a2c2_ros.nodes.runtime import NodeParameters, PlainNode, run
-from a2c2_ros.paths import share_directory
+from a2c2_ros.nodes.runtime import EdgeLog, NodeParameters, PlainNode, reliable_qos, run
+from a2c2_ros.recording.definitions import definition
+from a2c2_ros.recording.recorder import IMAGES, Recorder
+from a2c2_ros.recording.topics import DEPTH, recorded_topics
+from a2c2_ros.recording.writer import BagWriter, Topic
 
-BAG_VERSION = 9
+PLANNER = "chunk_planner"
+PARAMETER_EVENTS = "/parameter_events"
+DIAGNOSTICS = "/diagnostics"
+NICENESS = 5
+"""Whatever else needs the processor gets three times as much of it."""
+DISCOVERY_PERIOD_S = 0.1
+REPORT_PERIOD_S = 1.0
+CLOSE_TIMEOUT_S = 20.0
+IMAGE_DEPTH = 60
+"""Images that wait to be taken: two seconds."""
+MB = 10**6
 
 
 @dataclass(frozen=True)
@@ -28,78 +48,194 @@ class RecorderConfig(Parameters):
 
     out: str = parameter("runs/latest", "Run folder; the bag is OUT/bag", dynamic=False)
     robot: str = parameter("libero", "Robot profile: its topics are recorded", dynamic=False)
+    max_bag_size_mb: int = parameter(
+        2000, "A file that has grown to this is followed by another [MB]; 0: one file", low=0, high=10**6, dynamic=False
+    )
+    max_queue_mb: int = parameter(
+        256,
+        "What may wait for the disk [MB]; when it is full, images are dropped first",
+        low=1,
+        high=10**5,
+        dynamic=False,
+    )
+    min_free_mb: int = parameter(
+        500, "The recording ends when the disk has less than this left [MB]", low=0, high=10**7, dynamic=False
+    )
+    compression: str = parameter("none", "Of the bag: none or zstd", choices=("none", "zstd"), dynamic=False)
 
 
 class EpisodeRecorder(PlainNode):
-    """Subscribes without deserialising and appends to the bag. A full disk ends the recording, not the node."""
+    """Subscribes without deserialising; a thread writes. A full disk ends the recording, not the node.
+
+    Like ``ros2 bag record`` it takes type, reliability and durability of a topic from its publishers, when the first
+    appears.
+    """
 
     def __init__(self) -> None:
         super().__init__("episode_recorder")
+        self._recorder: Recorder | None = None
         config = NodeParameters(self, RecorderConfig()).value
-        profile = load_profile(config.robot)
-        self._bag: Writer | None = None
-        self._subscriptions_of_bag = []
+        self._log = EdgeLog(self)
+        self._simulated_time = self.get_parameter("use_sim_time").value
+        self._missing = list(map(self.resolve_topic_name, recorded_topics(load_profile(config.robot))))
+        self._topics: dict[str, Topic] = {}
+        self._subscriptions_of_bag: list[tuple[Topic, Subscription]] = []
+        self._sequences: dict[tuple[str, bytes], int] = {}
+        self._ended = False
         path = Path(config.out) / "bag"
-        if path.exists():
-            raise ConfigError(f"{path} exists already; a bag is not overwritten, choose another out")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        topics = {camera.topic: Image for camera in profile.cameras} | {
-            profile.joint_states_topic: JointState,
-            profile.command_topic: JointState,
-            "instruction": String,
-            "action_chunk": ActionChunk,
-            "control_step": ControlStep,
-            "planner_timing": PlannerTiming,
-            "episode": EpisodeStatus,
-        }
-        if profile.ee_pose_topic is not None:
-            topics[profile.ee_pose_topic] = PoseStamped
-        types = get_typestore(Stores.ROS2_JAZZY)
-        for file in sorted((share_directory() / "msg").glob("*.msg")):
-            types.register(get_types_from_msg(file.read_text(encoding="utf-8"), f"a2c2_ros/msg/{file.stem}"))
-        self._bag = Writer(path, version=BAG_VERSION, storage_plugin=StoragePlugin.MCAP)
-        self._bag.open()
-        for topic, kind in topics.items():
-            latched = topic in ("instruction", "action_chunk", "episode")
-            qos = QoSProfile(
-                depth=100,
-                reliability=ReliabilityPolicy.RELIABLE if latched else ReliabilityPolicy.BEST_EFFORT,
-                durability=DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE,
-            )
-            connection = self._bag.add_connection(
-                self.resolve_topic_name(topic), f"{kind.__module__.split('.')[0]}/msg/{kind.__name__}", typestore=types
-            )
-            self._subscriptions_of_bag.append(
-                self.create_subscription(kind, topic, partial(self._write, connection), qos, raw=True)
-            )
-        self.get_logger().info(f"recording {len(topics)} topics to {path}")
+        try:
+            bag = BagWriter(path, config.max_bag_size_mb * MB, config.compression)
+        except OSError as error:
+            raise ConfigError(f"out is {config.out!r}, no bag can be written there: {error}") from error
+        self._recorder = Recorder(bag, config.max_queue_mb * MB, config.min_free_mb * MB)
+        self._planner = AsyncParameterClient(self, PLANNER)
+        self._planner_asked = False
+        self._diagnostics = self.create_publisher(DiagnosticArray, DIAGNOSTICS, reliable_qos(10))
+        self.create_timer(DISCOVERY_PERIOD_S, self._discover, clock=self.system_clock)
+        self.create_timer(REPORT_PERIOD_S, self._report, clock=self.system_clock)
+        self._discover()
+        self.get_logger().info(f"recording up to {len(self._topics) + len(self._missing)} topics to {path}")
 
     def close(self) -> None:
         """Finish the bag; the node is about to be destroyed."""
-        if self._bag is None:
+        if self._recorder is None:
             return
-        bag, self._bag = self._bag, None
-        try:
-            bag.close()
-        except OSError as error:
-            self.get_logger().error(f"the bag could not be finished: {error}")
+        self._drain()
+        if not self._recorder.close(CLOSE_TIMEOUT_S):
+            self.get_logger().error("the disk did not take what was waiting, repair the bag before it is read")
+        self._report()
 
-    def _write(self, connection, data: bytes) -> None:
-        if self._bag is None:
-            return
+    # --- topics -----------------------------------------------------------------------------------------------------
+
+    def _discover(self) -> None:
+        for name in [name for name in self._missing if self.count_publishers(name)]:
+            publishers = self.get_publishers_info_by_topic(name)
+            if publishers and not self._ended:
+                self._missing.remove(name)
+                self._subscribe(name, publishers)
+
+    def _subscribe(self, name: str, publishers: Sequence[TopicEndpointInfo]) -> None:
+        kind, type_hash = publishers[0].topic_type, str(publishers[0].topic_type_hash)
         try:
-            self._bag.write(connection, self.get_clock().now().nanoseconds, data)
-        except OSError as error:
+            topic = Topic(name, kind, definition(kind), type_hash, offered_qos(publishers))
+            package, _, type_name = kind.split("/")
+            message = getattr(importlib.import_module(f"{package}.msg"), type_name)
+        except (ConfigError, ImportError, AttributeError) as error:
+            self.get_logger().error(f"{name} is not recorded: {error}")
+            return
+        reliable = all(p.qos_profile.reliability == ReliabilityPolicy.RELIABLE for p in publishers)
+        latched = all(p.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL for p in publishers)
+        qos = QoSProfile(
+            depth=IMAGE_DEPTH if kind in IMAGES else DEPTH,
+            reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+            durability=DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE,
+        )
+        self._topics[name] = topic
+        subscription = self.create_subscription(message, name, partial(self._take, topic), qos, raw=True)
+        self._subscriptions_of_bag.append((topic, subscription))
+
+    def _drain(self) -> None:
+        """What has arrived belongs to the recording, even if the executor has not come to it on a busy machine."""
+        for topic, subscription in self._subscriptions_of_bag:
+            for _ in range(DEPTH):
+                with subscription.handle:
+                    taken = subscription.handle.take_message(subscription.msg_type, True)
+                if taken is None:
+                    break
+                self._take(topic, *taken)
+
+    def _take(self, topic: Topic, data: bytes, info: Mapping[str, Any]) -> None:
+        publisher, sequence = (topic.name, info["publisher_gid"]["data"]), info["publication_sequence_number"]
+        if sequence:
+            last = self._sequences.get(publisher, sequence - 1)
+            if sequence > last + 1:
+                self._recorder.count_lost(topic.name, sequence - last - 1)
+            self._sequences[publisher] = max(sequence, last)
+        received_ns, published_ns = info["received_timestamp"], info["source_timestamp"]
+        if self._simulated_time or not received_ns:  # not every middleware says when
+            received_ns = published_ns = self.get_clock().now().nanoseconds
+        self._recorder.put(topic, received_ns, published_ns or received_ns, data)
+
+    # --- parameters of the planner ----------------------------------------------------------------------------------
+
+    def _ask_planner(self) -> None:
+        """Ask for what /parameter_events does not tell: the values at start. Asked again when the planner is back."""
+        ready = self._planner.services_are_ready() and PARAMETER_EVENTS in self._topics
+        if ready and not self._planner_asked:
+            self._planner.list_parameters().add_done_callback(self._ask_values)
+        self._planner_asked = ready
+
+    def _ask_values(self, listed: Future) -> None:
+        names = listed.result().result.names
+        self._planner.get_parameters(names).add_done_callback(partial(self._take_values, names))
+
+    def _take_values(self, names: Sequence[str], got: Future) -> None:
+        """Written as the event that the planner published at its start, so that all parameters are read alike."""
+        now = self.get_clock().now()
+        values = [Parameter(name=name, value=value) for name, value in zip(names, got.result().values)]
+        event = ParameterEvent(stamp=now.to_msg(), node=self.resolve_topic_name(PLANNER), new_parameters=values)
+        self._recorder.put(self._topics[PARAMETER_EVENTS], now.nanoseconds, now.nanoseconds, serialize_message(event))
+
+    # --- report -----------------------------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        status = self._recorder.status()
+        for topic, count in status.dropped.items():
+            self._log.problem(topic, f"{topic}: {count} messages did not reach the bag; what follows is counted in it")
+        if status.ended and not self._ended:
             # The robot goes on: a recorder that died would end the launch.
-            self.get_logger().error(f"recording ends here, what was written is kept: {error}")
-            for subscription in self._subscriptions_of_bag:
+            self._ended = True
+            self.get_logger().error(f"recording ends here, what was written is kept: {status.ended}")
+            for _, subscription in self._subscriptions_of_bag:
                 self.destroy_subscription(subscription)
             self._subscriptions_of_bag.clear()
-            self.close()
+        self._ask_planner()
+        level = DiagnosticStatus.WARN if status.dropped else DiagnosticStatus.OK
+        values = {
+            "size_bytes": status.size_bytes,
+            "queue_bytes": status.queue_bytes,
+            "messages_lost": sum(status.dropped.values()),
+        }
+        message = DiagnosticArray()
+        message.header.stamp = self.get_clock().now().to_msg()
+        message.status = [
+            DiagnosticStatus(
+                name=f"{self.get_name()}: recording",
+                level=DiagnosticStatus.ERROR if status.ended else level,
+                message=status.ended or ("messages are lost" if status.dropped else "recording"),
+                values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
+            )
+        ]
+        self._diagnostics.publish(message)
+
+
+def offered_qos(publishers: Sequence[TopicEndpointInfo]) -> str:
+    """QoS profiles of publishers as rosbag2 writes them (version 9): YAML."""
+
+    def duration(value: Duration) -> dict[str, int]:
+        return {"sec": value.nanoseconds // 10**9, "nsec": value.nanoseconds % 10**9}
+
+    profiles = [publisher.qos_profile for publisher in publishers]
+    offered = [
+        {
+            "history": qos.history.name.lower(),
+            "depth": qos.depth,
+            "reliability": qos.reliability.name.lower(),
+            "durability": qos.durability.name.lower(),
+            "deadline": duration(qos.deadline),
+            "lifespan": duration(qos.lifespan),
+            "liveliness": qos.liveliness.name.lower(),
+            "liveliness_lease_duration": duration(qos.liveliness_lease_duration),
+            "avoid_ros_namespace_conventions": qos.avoid_ros_namespace_conventions,
+        }
+        for qos in profiles
+    ]
+    return yaml.safe_dump(offered, sort_keys=False).strip()
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the executable."""
+    os.nice(NICENESS)  # before DDS starts its threads
     sys.exit(run(EpisodeRecorder, args))
 
 
