@@ -27,6 +27,9 @@ libero: setup ## Success rates on LIBERO, the (e, d) grid (a day; QUICK=1: a par
 train: setup ## Train every policy and head of the LIBERO tables (hours; ARGS=--list shows the steps): runs/models
 	@. tools/env.sh; exec python -m a2c2_ros.training.libero $(ARGS)
 
+retrain: setup ## Record on LIBERO, retrain the head, swap it in, evaluate before and after (1 hour): results/retrain.json
+	@. tools/env.sh; exec python -m a2c2_ros.training.retrain $(ARGS)
+
 lint: setup ## Check the style
 	@. tools/env.sh; ruff check
 
@@ -37,4 +40,4 @@ lock: ## Resolve requirements*.in into the lock files (UPGRADE=1: newest version
 clean: ## Remove what was built; the virtual environment and runs/ stay
 	rm -rf build install log .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup sim test bench faults libero train lint lock clean
+.PHONY: help setup sim test bench faults libero train retrain lint lock clean

@@ -506,7 +506,7 @@ def test_command_line(policy, tmp_path, monkeypatch, options, recipe, expected):
     data, seen = demonstrations(), {}
     monkeypatch.setattr(train_head_module, "load_demonstrations", lambda root, cameras: data)
     monkeypatch.setattr(train_head_module, "load_base", lambda *arguments, **rest: base_chunks(data))
-    monkeypatch.setattr(train_head_module, "train_head", lambda *arguments: seen.update(arguments=arguments))
+    monkeypatch.setattr(train_head_module, "train_head", lambda *arguments, **_: seen.update(arguments=arguments))
     common = ["--data", "a", "b", "--policy", str(tmp_path / "policy"), "--out", "out", "--steps", "5"]
     train_head_module.main(common + options)
     joined, chunks, head, loop, out, holdout, used = seen["arguments"]

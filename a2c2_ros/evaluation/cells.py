@@ -33,6 +33,8 @@ METHOD_NAMES = (EXPERT, *METHODS)
 STATIC, SWAP = "static", "swap"
 """Variants in which nothing moves but the robot: LIBERO's own placements, and those of LIBERO-PRO with two objects in
 each other's place. Any other name is a motion of ``sim.libero_env``."""
+DISTURBED = "+"
+"""After the variant's name: the strength of pushes that the arm gets (``sim.disturbance``), as in ``drift+0.5``."""
 SPLITS = ("test", "development")
 """Test: the official initial states. Development: sampled placements, to choose by. Demonstrations have others."""
 DEVELOPMENT_SEEDS = 2**31

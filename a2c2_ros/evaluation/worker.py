@@ -21,7 +21,7 @@ from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.evaluation.cells import EXPERT, STATIC, SWAP, Cell
+from a2c2_ros.evaluation.cells import DISTURBED, EXPERT, STATIC, SWAP, Cell
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.lerobot_files import is_checkpoint
 from a2c2_ros.sim import conventions
@@ -163,17 +163,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m a2c2_ros.evaluation.worker", description=__doc__)
     parser.add_argument("--task", type=int, required=True, help="task number")
-    parser.add_argument("--variant", default=STATIC, help="static, swap, or a motion of the simulator")
+    parser.add_argument(
+        "--variant", default=STATIC, help="static, swap, or a motion of the simulator; +0.5: with pushes"
+    )
     args = parser.parse_args(argv)
     # Whatever a library prints must not come between the replies.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    from a2c2_ros.sim.disturbance import Disturbed
     from a2c2_ros.sim.libero_env import LiberoEnv
 
     try:
         known = {STATIC: {}, SWAP: {"suite": conventions.SWAP_SUITE}}
-        with LiberoEnv(args.task, **known.get(args.variant, {"motion": args.variant})) as env:
-            serve(env, sys.stdin, replies)
+        variant, _, strength = args.variant.partition(DISTURBED)
+        with LiberoEnv(args.task, **known.get(variant, {"motion": variant})) as env:
+            serve(Disturbed(env, float(strength)) if strength else env, sys.stdin, replies)
     except A2C2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,6 +28,7 @@ from a2c2_ros.nodes.conversions import (
 )
 from a2c2_ros.nodes.runtime import NodeParameters, PlainNode, latched_qos, reliable_qos, run, sensor_qos
 from a2c2_ros.sim import conventions
+from a2c2_ros.sim.disturbance import Disturbed
 from a2c2_ros.srv import SetTask
 
 FRAME = "world"
@@ -40,7 +41,11 @@ class SimConfig(Parameters):
     task: int = parameter(0, "LIBERO Spatial task", low=0, high=9, dynamic=False)
     episodes: int = parameter(2, "Episodes to run; 0: until stopped", low=0, high=100_000, dynamic=False)
     initial_state: int = parameter(
-        -1, "Official initial state; -1: the episode's number in turn", low=-1, high=49, dynamic=False
+        -1,
+        "Official initial state; -1: the episode's number in turn; -2: sampled from the episode's seed",
+        low=-2,
+        high=49,
+        dynamic=False,
     )
     seed: int = parameter(0, "Seed of the fixtures; episode n uses seed + n", low=0, high=2**31 - 1, dynamic=False)
     motion: str = parameter(
@@ -48,6 +53,12 @@ class SimConfig(Parameters):
         "What the plate does: nothing, slide all the time (drift), or once (push)",
         choices=conventions.MOTIONS,
         dynamic=False,
+    )
+    disturbance: float = parameter(
+        0.0, "Strength of pushes that the arm gets now and then, drawn from the seed", low=0.0, high=1.0, dynamic=False
+    )
+    expert: bool = parameter(
+        False, "Publish what the scripted expert would do as expert_action, for training", dynamic=False
     )
     lockstep: bool = parameter(True, "Wait for the command of every step; else step on the clock", dynamic=False)
     lockstep_timeout_s: float = parameter(5.0, "Longest wait for a command in lockstep [s]", low=0.1, high=600.0)
@@ -94,6 +105,8 @@ class LiberoSim(PlainNode):
         self._pose = self.create_publisher(PoseStamped, profile.ee_pose_topic, qos)
         self._instruction = self.create_publisher(String, "instruction", latched_qos(1))
         self._episode = self.create_publisher(EpisodeStatus, "episode", latched_qos(10))
+        self._expert = self.create_publisher(JointState, "expert_action", reliable_qos(100)) if config.expert else None
+        self._label: np.ndarray | None = None  # the expert's action for the present observation
         self._clock_publisher = self.create_publisher(Clock, "/clock", reliable_qos(1)) if config.lockstep else None
         self.create_subscription(JointState, profile.command_topic, self._on_command, reliable_qos(1))
         if config.lockstep:
@@ -167,10 +180,11 @@ class LiberoSim(PlainNode):
 
     def _run_episodes(self) -> None:
         """Runs on the simulation thread."""
-        from a2c2_ros.sim.libero_env import LiberoEnv  # slow to import; the node answers meanwhile
+        from a2c2_ros.sim.expert import Labeller  # slow to import; the node answers meanwhile
+        from a2c2_ros.sim.libero_env import LiberoEnv
 
         config = self._settings.value
-        env: LiberoEnv | None = None
+        env: Disturbed | None = None
         episode, start_ns = 0, conventions.STEP_NS
         try:
             while not self._stopping and (config.episodes == 0 or episode < config.episodes):
@@ -181,10 +195,11 @@ class LiberoSim(PlainNode):
                     env.close()
                     env = None
                 if env is None:
-                    env = LiberoEnv(task, motion=self._settings.value.motion)
-                if state < 0:
+                    env = Disturbed(LiberoEnv(task, motion=config.motion), config.disturbance)
+                if state == -1:
                     state = episode % env.n_initial_states
-                observation = env.reset(state, config.seed + episode)
+                observation = env.reset(None if state < 0 else state, config.seed + episode)
+                labeller = Labeller(env) if config.expert else None
                 status = EpisodeStatus(
                     episode=episode,
                     episodes=config.episodes,
@@ -195,7 +210,7 @@ class LiberoSim(PlainNode):
                 )
                 self._announce_instruction(env.instruction, first=episode == 0)
                 run_episode = self._run_lockstep if config.lockstep else self._run_real_time
-                end_ns = run_episode(env, observation, status, start_ns)
+                end_ns = run_episode(env, labeller, observation, status, start_ns)
                 start_ns = end_ns + round(config.episode_gap_s * 1e9 / conventions.STEP_NS) * conventions.STEP_NS
                 if status.phase in (EpisodeStatus.SUCCEEDED, EpisodeStatus.FAILED):
                     episode += 1
@@ -223,7 +238,9 @@ class LiberoSim(PlainNode):
                 )
             self._instruction.publish(String(data=instruction))
 
-    def _run_lockstep(self, env, observation: dict[str, np.ndarray], status: EpisodeStatus, start_ns: int) -> int:
+    def _run_lockstep(
+        self, env, labeller, observation: dict[str, np.ndarray], status: EpisodeStatus, start_ns: int
+    ) -> int:
         """One episode in lockstep from simulated time ``start_ns``; returns its end [ns]."""
         config = self._settings.value
         now_ns = start_ns
@@ -231,6 +248,7 @@ class LiberoSim(PlainNode):
         gripper = conventions.GRIPPER_OPEN
         for step in range(config.max_steps):
             limit_s = config.start_timeout_s if status.episode == 0 and step == 0 else config.lockstep_timeout_s
+            self._label = labeller.label(observation) if labeller else None
             action = self._ask(observation, now_ns, limit_s)
             if self._interrupted():
                 return self._publish_phase(status, EpisodeStatus.ABORTED, now_ns)
@@ -260,12 +278,13 @@ class LiberoSim(PlainNode):
             if self._interrupted() or time.monotonic() > deadline:
                 return None
 
-    def _run_real_time(self, env, observation: dict[str, np.ndarray], status: EpisodeStatus, _: int) -> int:
+    def _run_real_time(self, env, labeller, observation: dict[str, np.ndarray], status: EpisodeStatus, _: int) -> int:
         """One episode on the system clock; it starts when the first chunk is there. Returns its end [ns]."""
         config = self._settings.value
         start_ns = self.get_clock().now().nanoseconds
         limit_s = config.start_timeout_s if status.episode == 0 else config.lockstep_timeout_s
         deadline = time.monotonic() + limit_s
+        self._label = None
         while self._newest_chunk_ns < start_ns:
             self._publish_observation(observation, self.get_clock().now().nanoseconds)
             if self._interrupted():
@@ -277,6 +296,7 @@ class LiberoSim(PlainNode):
         gripper = conventions.GRIPPER_OPEN
         next_step = time.monotonic() + conventions.STEP_NS / 1e9
         for step in range(config.max_steps):
+            self._label = labeller.label(observation) if labeller else None
             self._publish_observation(observation, self.get_clock().now().nanoseconds)
             self._wait(lambda: False, next_step - time.monotonic())
             now = time.monotonic()
@@ -312,6 +332,8 @@ class LiberoSim(PlainNode):
             publisher.publish(array_to_image(observation[name], stamp_ns, name))
         self._joints.publish(array_to_joint_state(observation["joint_position"], conventions.JOINT_NAMES, stamp_ns))
         self._pose.publish(array_to_pose(observation["ee_pose"], stamp_ns, FRAME))
+        if self._label is not None:
+            self._expert.publish(array_to_joint_state(self._label, conventions.ACTION_NAMES, stamp_ns))
 
     def _publish_phase(self, status: EpisodeStatus, phase: int, stamp_ns: int) -> int:
         status.phase = phase

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -75,17 +75,9 @@ class ObservationSource:
         self._qos = sensor_qos(lockstep)
         self._callback_group = callback_group
         self._subscriptions = []
-        self._subscribe(
-            JointState,
-            profile.joint_states_topic,
-            "joint_position",
-            _stamped(lambda m: joint_state_to_array(m, profile.joint_names)),
-        )
-        if profile.ee_pose_topic is not None:
-            self._subscribe(PoseStamped, profile.ee_pose_topic, "ee_pose", _stamped(pose_to_array))
-        for camera in profile.cameras:
-            message_type = CompressedImage if camera.transport == "compressed" else Image
-            self._subscribe(message_type, camera.topic, camera.name, self._image_converter(camera), image=True)
+        for stream, topic in sensor_topics(profile).items():
+            convert = self._preparing(stream, topic.convert) if topic.image else topic.convert
+            self._subscribe(topic.message_type, topic.name, stream, convert, topic.image)
 
     @property
     def dropped(self) -> int:
@@ -139,20 +131,48 @@ class ObservationSource:
         self._log.fine(stream)
         return True
 
-    def _image_converter(self, camera: CameraTopic) -> "Converter":
-        view = compressed_to_image if camera.transport == "compressed" else serialized_to_image
-
-        def convert(serialized: bytes) -> tuple[int, np.ndarray]:
-            message = view(serialized)
-            image = image_to_array(message, camera.height, camera.width, camera.shape)
+    def _preparing(self, camera: str, convert: "Converter") -> "Converter":
+        def converted(serialized: bytes) -> tuple[int, np.ndarray]:
+            stamp_ns, image = convert(serialized)
             if self._prepare is not None:
                 try:
-                    self._prepare(camera.name, image)
+                    self._prepare(camera, image)
                 except (HeadError, ObservationError) as error:  # the image is good; the tick will meet the same error
-                    self._log.problem("preparation", f"preparation of an image of {camera.name}: {error}")
-            return message.stamp_ns, image
+                    self._log.problem("preparation", f"preparation of an image of {camera}: {error}")
+            return stamp_ns, image
 
-        return convert
+        return converted
+
+
+class SensorTopic(NamedTuple):
+    """Where a stream comes from."""
+
+    message_type: type
+    name: str  # as in the profile
+    convert: "Converter"  # of a message; of the serialised one, if it is an image
+    image: bool = False
+
+
+def sensor_topics(profile: Profile) -> dict[str, SensorTopic]:
+    """Stream to its topic, for the nodes and for whoever reads a bag."""
+    joints = _stamped(lambda m: joint_state_to_array(m, profile.joint_names))
+    topics = {"joint_position": SensorTopic(JointState, profile.joint_states_topic, joints)}
+    if profile.ee_pose_topic is not None:
+        topics["ee_pose"] = SensorTopic(PoseStamped, profile.ee_pose_topic, _stamped(pose_to_array))
+    for camera in profile.cameras:
+        message_type = CompressedImage if camera.transport == "compressed" else Image
+        topics[camera.name] = SensorTopic(message_type, camera.topic, _image_converter(camera), image=True)
+    return topics
+
+
+def _image_converter(camera: CameraTopic) -> "Converter":
+    view = compressed_to_image if camera.transport == "compressed" else serialized_to_image
+
+    def convert(serialized: bytes) -> tuple[int, np.ndarray]:
+        message = view(serialized)
+        return message.stamp_ns, image_to_array(message, camera.height, camera.width, camera.shape)
+
+    return convert
 
 
 def compressed_to_image(serialized: bytes) -> ImageView:

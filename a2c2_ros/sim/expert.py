@@ -53,6 +53,18 @@ REACH_M = 0.69
 BASE_XY_M = np.array([-0.66, 0.0])
 RIM_CANDIDATES = 32
 
+HELD_HEIGHT_M = 0.015
+"""A bowl that is this much above where it stood hangs in the gripper, if it is near."""
+HELD_DISTANCE_M = 0.09
+"""Between the gripper's centre and the origin of a bowl that it holds by the rim: about 0.06 m."""
+AT_BOWL_M, AT_BOWL_HEIGHT_M = 0.09, 0.02
+"""A gripper this near to the bowl's axis, and not further above its rim, has come down to where it will take it."""
+RIM_COST_PER_M = 30.0
+FALLEN_M = 0.05
+"""A bowl this far below the plate fell off the table."""
+MIN_UPRIGHT = 0.5
+"""Cosine of the bowl's tilt below which the expert cannot take it by the rim any more."""
+
 
 class Phase(enum.Enum):
     """What the expert is doing."""
@@ -252,6 +264,56 @@ class Expert:
     def _rim_preference(self, rim: np.ndarray) -> float:
         """Further cost of a point (3,) [m] of the rim."""
         return 0.0
+
+
+class Labeller(Expert):
+    """The expert beside a loop that acts by itself.
+
+    The expert knows its own grasp only. One that the loop made is taken over, or the label would be to let go of the
+    bowl; and where the loop has come down to another part of the rim, the bowl is to be taken there.
+
+    Args:
+        env: The environment, after ``reset``.
+    """
+
+    def __init__(self, env: LiberoEnv):
+        self._at_bowl = False
+        super().__init__(env)
+        self._rest_z = float(env.object_pose(c.TARGET_BOWL)[2])
+
+    @property
+    def lost(self) -> bool:
+        """The bowl fell off the table or over: no action of the expert leads anywhere."""
+        bowl, plate = (self._env.object_pose(name) for name in (c.TARGET_BOWL, c.PLATE))
+        x, y = bowl[3:5]
+        return bool(bowl[2] < plate[2] - FALLEN_M or 1.0 - 2.0 * (x * x + y * y) < MIN_UPRIGHT)
+
+    def _rim_preference(self, rim: np.ndarray) -> float:
+        return RIM_COST_PER_M * float(np.linalg.norm(rim - self._last_position)) if self._at_bowl else 0.0
+
+    def act(self, observation: dict[str, np.ndarray]) -> np.ndarray:
+        """As :meth:`Expert.act`."""
+        position, orientation = observation["ee_pose"][:3], observation["ee_pose"][3:]
+        bowl = self._env.object_pose(c.TARGET_BOWL)
+        lifted = bowl[2] > self._rest_z + HELD_HEIGHT_M
+        held = lifted and float(np.linalg.norm(bowl[:3] - position)) < HELD_DISTANCE_M
+        if held and self.phase in (Phase.APPROACH, Phase.DESCEND) and self._last_position is not None:
+            self._yaw = float(2.0 * np.arctan2(orientation[1], orientation[0]))  # it stays as it was taken
+            self._enter(Phase.CLOSE)
+            self._steps = CLOSE_STEPS
+        self._at_bowl = (
+            self._last_position is not None
+            and position[2] - bowl[2] < RIM_HEIGHT_M + AT_BOWL_HEIGHT_M
+            and float(np.linalg.norm(position[:2] - bowl[:2])) < AT_BOWL_M
+        )
+        if self._at_bowl and self.phase is Phase.APPROACH:
+            self._choose_rim()
+        return super().act(observation)
+
+    def label(self, observation: dict[str, np.ndarray]) -> np.ndarray | None:
+        """As :meth:`act`; None if the task is done, or lost, so that no action says anything."""
+        action = self.act(observation)
+        return None if self.phase is Phase.DONE or self.lost else action
 
 
 def _funnel(position: np.ndarray, target: np.ndarray) -> np.ndarray:

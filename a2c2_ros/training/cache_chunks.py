@@ -262,6 +262,13 @@ def load_language(folder: str | Path) -> dict[str, np.ndarray]:
         return {}
     if not path.is_file():
         raise ConfigError(f"{path} is missing: run a2c2_ros.training.cache_chunks again")
+    return read_language(path)
+
+
+def read_language(path: Path) -> dict[str, np.ndarray]:
+    """Embedding (L,) float32 per instruction of a file; empty if there is none."""
+    if not path.is_file():
+        return {}
     with np.load(path, allow_pickle=False) as file:
         return dict(zip(file["instructions"].tolist(), file["embeddings"], strict=True))
 

@@ -8,7 +8,7 @@ noise, the label is the expert's own action for the state that the noise has led
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from a2c2_ros.core.state import state_vector
 from a2c2_ros.drivers.profile import STATE_NAMES
 from a2c2_ros.jobs import run_jobs
 from a2c2_ros.sim import conventions
+from a2c2_ros.sim.disturbance import Pushes
 
 BLOCK = 20
 """Episodes per process: the start of a simulator is paid once per block, and unfinished data stays balanced."""
@@ -30,10 +31,6 @@ WHITE_NOISE = np.array([0.06] * 3 + [0.04] * 3)
 CORRELATED_NOISE = np.array([0.15] * 3 + [0.05] * 3)
 CORRELATION = 0.9
 """Of the Ornstein-Uhlenbeck noise from one step to the next."""
-PUSH_NOISE = np.array([0.4] * 3 + [0.15] * 3)
-PUSH_STEPS = (3, 12)
-PAUSE_STEPS = (25, 60)
-"""Between two pushes; the first pause may be shorter."""
 FEATURES = {
     **{
         f"observation.images.{name}": {
@@ -71,31 +68,18 @@ class ActionNoise:
         self._rng = rng
         self.kind = str(rng.choice(list(NOISE_SHARES), p=list(NOISE_SHARES.values()))) if kind is None else kind
         self._state = np.zeros(6)
-        self._push = np.zeros(6)
-        self._push_left, self._pause_left = 0, int(rng.integers(0, PAUSE_STEPS[1]))
+        self._pushes = Pushes(rng)
 
     def apply(self, action: np.ndarray) -> np.ndarray:
         """The action with noise, (7,), within the limits; the gripper's channel is left alone."""
         noisy = action.copy()
-        noisy[:6] += self._steady() if self.kind == "steady" else self._pushed() if self.kind == "pushes" else 0.0
+        noisy[:6] += self._steady() if self.kind == "steady" else self._pushes.next() if self.kind == "pushes" else 0.0
         return np.clip(noisy, conventions.ACTION_LOW, conventions.ACTION_HIGH)
 
     def _steady(self) -> np.ndarray:
         kick = self._rng.standard_normal((2, 6))
         self._state = CORRELATION * self._state + np.sqrt(1 - CORRELATION**2) * kick[0]
         return WHITE_NOISE * kick[1] + CORRELATED_NOISE * self._state
-
-    def _pushed(self) -> np.ndarray:
-        if self._pause_left:
-            self._pause_left -= 1
-            return np.zeros(6)
-        if not self._push_left:
-            self._push = PUSH_NOISE * self._rng.standard_normal(6)
-            self._push_left = int(self._rng.integers(*PUSH_STEPS, endpoint=True))
-        self._push_left -= 1
-        if not self._push_left:
-            self._pause_left = int(self._rng.integers(*PAUSE_STEPS, endpoint=True))
-        return self._push
 
 
 def demonstrate(env, seed: int, noise: str | None) -> dict[str, np.ndarray] | None:
@@ -170,8 +154,25 @@ def run_block(out: Path, task: int, first: int, last: int, seed: int) -> None:
             partial.replace(path)
 
 
-def assemble(out: Path, parts: Sequence[Path]) -> None:
-    """Write the LeRobotDataset v3 of these episode files; it appears at ``out`` only when it is complete."""
+def assemble(
+    out: Path,
+    parts: Sequence[Path],
+    features: Mapping[str, Mapping[str, object]] = FEATURES,
+    fps: int = conventions.CONTROL_RATE_HZ,
+    robot_type: str = "panda",
+) -> None:
+    """Write the LeRobotDataset v3 of these episode files; it appears at ``out`` only when it is complete.
+
+    Args:
+        out: Folder.
+        parts: One ``.npz`` file per episode with the features, time first, and ``instruction``.
+        features: As LeRobot describes them.
+        fps: Control steps per second.
+        robot_type: Name of the robot.
+
+    Raises:
+        A2C2Error: If a video lacks a frame.
+    """
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -179,18 +180,18 @@ def assemble(out: Path, parts: Sequence[Path]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     dataset = LeRobotDataset.create(
         repo_id=f"a2c2_ros/{out.name}",
-        fps=conventions.CONTROL_RATE_HZ,
-        features=FEATURES,
+        fps=fps,
+        features=dict(features),
         root=partial,
-        robot_type="panda",
+        robot_type=robot_type,
         rgb_encoder=RGBEncoderConfig(vcodec="h264", crf=18, g=2, preset="veryfast"),
         streaming_encoding=True,
         # A frame that waits longer than 0.1 s for a place in the queue is dropped: the queue takes a whole episode.
-        encoder_queue_maxsize=conventions.MAX_STEPS + 1,
+        encoder_queue_maxsize=max(map(_length, parts)) + 1,
     )
     for path in tqdm(parts, unit="episode", desc="assemble"):
         with np.load(path, allow_pickle=False) as part:
-            frames = {name: part[name] for name in FEATURES}
+            frames = {name: part[name] for name in features}
             instruction = str(part["instruction"])
         for index in range(len(frames["action"])):
             dataset.add_frame({name: values[index] for name, values in frames.items()} | {"task": instruction})
@@ -201,6 +202,11 @@ def assemble(out: Path, parts: Sequence[Path]) -> None:
     partial.rename(out)
 
 
+def _length(part: Path) -> int:
+    with np.load(part, allow_pickle=False) as file:
+        return len(file["action"])
+
+
 def check_videos(root: Path) -> None:
     """Check that every episode has as many frames in each video as it has steps.
 
@@ -209,13 +215,13 @@ def check_videos(root: Path) -> None:
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 
-    for row in LeRobotDatasetMetadata(f"a2c2_ros/{root.name}", root=root).episodes:
-        for name in conventions.CAMERAS:
-            key = f"videos/observation.images.{name}"
-            frames = round((row[f"{key}/to_timestamp"] - row[f"{key}/from_timestamp"]) * conventions.CONTROL_RATE_HZ)
+    meta = LeRobotDatasetMetadata(f"a2c2_ros/{root.name}", root=root)
+    for row in meta.episodes:
+        for key in meta.video_keys:
+            frames = round((row[f"videos/{key}/to_timestamp"] - row[f"videos/{key}/from_timestamp"]) * meta.fps)
             if frames != row["length"]:
                 raise A2C2Error(
-                    f"episode {row['episode_index']}: {frames} frames in the video of {name}, {row['length']} steps"
+                    f"episode {row['episode_index']}: {frames} frames in the video {key}, {row['length']} steps"
                 )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Self
 
 import numpy as np
 
+from a2c2_ros import provenance
 from a2c2_ros.core.errors import ConfigError
-from a2c2_ros.training.cache_chunks import load_chunks, load_language
+from a2c2_ros.training.cache_chunks import load_chunks, load_language, read_language
 from a2c2_ros.training.dataset import Demonstrations
 
 EXECUTED_FOLDER = "executed"
+LANGUAGE_SUFFIX = ".language.npz"
 MUST_AGREE = ("action_names", "state_names", "step_ns")
 
 
@@ -159,7 +162,7 @@ class BaseChunks:
 
 
 def load_base(root: str | Path, data: Demonstrations, policy_id: str, cache: bool = False) -> BaseChunks:
-    """The base chunks of a data set: cached (``training.cache_chunks``), executed (``training.on_policy``), or both.
+    """The base chunks of a data set: cached, executed (``training.on_policy``, ``training.from_bag``), or both.
 
     Args:
         root: Folder of the data set.
@@ -173,6 +176,7 @@ def load_base(root: str | Path, data: Demonstrations, policy_id: str, cache: boo
     path, folder = Path(root) / EXECUTED_FOLDER / f"{policy_id}.npz", Path(root) / "chunks" / policy_id
     executed = None
     if path.is_file():
+        language = read_language(path.with_name(f"{policy_id}{LANGUAGE_SUFFIX}"))
         with np.load(path, allow_pickle=False) as file:
             executed = {name: file[name] for name in ("chunk", "slot", "actions", "latents")}
         if len(executed["slot"]) != len(data):
@@ -195,6 +199,7 @@ def load_base(root: str | Path, data: Demonstrations, policy_id: str, cache: boo
     known = (slot >= 0)[:, None]
     return dataclasses.replace(
         chunks,
+        language={**chunks.language, **language},
         slot=slot,
         action=np.where(known, executed["actions"][chunk, slot], np.float32(0.0)),
         latent=np.where(known, executed["latents"][chunk], np.float32(0.0)),
@@ -225,3 +230,37 @@ def concatenate_chunks(parts: Sequence[BaseChunks]) -> BaseChunks:
         else:
             values[name] = np.concatenate(arrays)
     return BaseChunks(**values)
+
+
+def save_executed(out: Path, parts: Sequence[Path], settings: Mapping[str, object]) -> None:
+    """Write the executed base chunks of these episode files, in their order, and the record of the run."""
+    values: dict[str, list[np.ndarray]] = {name: [] for name in ("chunk", "slot", "actions", "latents")}
+    episodes, chunks = [], 0
+    for path in parts:
+        with np.load(path, allow_pickle=False) as part:
+            base = {name: part[f"executed.{name}"] for name in values}
+            episodes.append({"part": path.stem, "steps": len(base["slot"]), "solved": bool(part["solved"])})
+        base["chunk"] = np.where(base["chunk"] < 0, -1, base["chunk"] + chunks)
+        chunks += len(base["actions"])
+        for name, array in base.items():
+            values[name].append(array)
+    folder = out / EXECUTED_FOLDER
+    folder.mkdir(exist_ok=True)
+    partial = folder / "base.partial"
+    with partial.open("wb") as file:
+        np.savez(file, **{name: np.concatenate(arrays) for name, arrays in values.items()})
+    partial.replace(folder / f"{settings['policy_id']}.npz")
+    record = {
+        **settings,
+        "solved": sum(episode["solved"] for episode in episodes),
+        "episodes": episodes,
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
+    }
+    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def save_language(out: Path, policy_id: str, language: Mapping[str, np.ndarray]) -> None:
+    """Write the policy's embeddings (L,) of the instructions beside the executed chunks, for a policy with its own."""
+    path = out / EXECUTED_FOLDER / f"{policy_id}{LANGUAGE_SUFFIX}"
+    np.savez(path, instructions=np.array(list(language)), embeddings=np.stack(list(language.values())))

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from a2c2_ros import provenance
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import ControlStep, CorrectionLoop
 from a2c2_ros.core.errors import A2C2Error, ConfigError
@@ -30,69 +29,14 @@ from a2c2_ros.jobs import run_jobs
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.base import ChunkPolicy, Continuation, PolicyOutput
 from a2c2_ros.sim import conventions
-from a2c2_ros.sim.expert import CLOSE_STEPS, RIM_HEIGHT_M, Expert, Phase
+from a2c2_ros.sim.expert import Labeller, Phase
 from a2c2_ros.training.demonstrations import BLOCK, FEATURES, assemble, part_path
-from a2c2_ros.training.joining import EXECUTED_FOLDER
+from a2c2_ros.training.joining import save_executed
+from a2c2_ros.training.libero import check_settings
 
 SEED_STREAM = 1_000_003
 """Keeps the seeds of the placements apart from those of the demonstrations."""
-HELD_HEIGHT_M = 0.015
-"""A bowl that is this much above where it stood hangs in the gripper, if it is near."""
-HELD_DISTANCE_M = 0.09
-"""Between the gripper's centre and the origin of a bowl that it holds by the rim: about 0.06 m."""
-AT_BOWL_M, AT_BOWL_HEIGHT_M = 0.09, 0.02
-"""A gripper this near to the bowl's axis, and not further above its rim, has come down to where it will take it."""
-RIM_COST_PER_M = 30.0
-FALLEN_M = 0.05
-"""A bowl this far below the plate fell off the table."""
-MIN_UPRIGHT = 0.5
-"""Cosine of the bowl's tilt below which the expert cannot take it by the rim any more."""
 SETTINGS = ("e", "d", "seed", "max_steps")
-
-
-class Labeller(Expert):
-    """The expert beside a loop that acts by itself.
-
-    The expert knows its own grasp only. One that the loop made is taken over, or the label would be to let go of the
-    bowl; and where the loop has come down to another part of the rim, the bowl is to be taken there.
-
-    Args:
-        env: The environment, after ``reset``.
-    """
-
-    def __init__(self, env) -> None:
-        self._at_bowl = False
-        super().__init__(env)
-        self._rest_z = float(env.object_pose(conventions.TARGET_BOWL)[2])
-
-    @property
-    def lost(self) -> bool:
-        """The bowl fell off the table or over: no action of the expert leads anywhere."""
-        bowl, plate = (self._env.object_pose(name) for name in (conventions.TARGET_BOWL, conventions.PLATE))
-        x, y = bowl[3:5]
-        return bool(bowl[2] < plate[2] - FALLEN_M or 1.0 - 2.0 * (x * x + y * y) < MIN_UPRIGHT)
-
-    def _rim_preference(self, rim: np.ndarray) -> float:
-        return RIM_COST_PER_M * float(np.linalg.norm(rim - self._last_position)) if self._at_bowl else 0.0
-
-    def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """As :meth:`Expert.act`."""
-        position, orientation = observation["ee_pose"][:3], observation["ee_pose"][3:]
-        bowl = self._env.object_pose(conventions.TARGET_BOWL)
-        lifted = bowl[2] > self._rest_z + HELD_HEIGHT_M
-        held = lifted and float(np.linalg.norm(bowl[:3] - position)) < HELD_DISTANCE_M
-        if held and self.phase in (Phase.APPROACH, Phase.DESCEND) and self._last_position is not None:
-            self._yaw = float(2.0 * np.arctan2(orientation[1], orientation[0]))  # it stays as it was taken
-            self._enter(Phase.CLOSE)
-            self._steps = CLOSE_STEPS
-        self._at_bowl = (
-            self._last_position is not None
-            and position[2] - bowl[2] < RIM_HEIGHT_M + AT_BOWL_HEIGHT_M
-            and float(np.linalg.norm(position[:2] - bowl[:2])) < AT_BOWL_M
-        )
-        if self._at_bowl and self.phase is Phase.APPROACH:
-            self._choose_rim()
-        return super().act(observation)
 
 
 class _Remembering:
@@ -158,8 +102,8 @@ def visit(
         if step.command is None:
             return
         labeller = labeller or Labeller(env)
-        label = labeller.act(observation)
-        if labeller.phase is Phase.DONE or labeller.lost:
+        label = labeller.label(observation)
+        if label is None:
             raise _NoLabelError
         for name in conventions.CAMERAS:
             frames[f"observation.images.{name}"].append(observation[name])
@@ -234,52 +178,12 @@ def planner_config(args: argparse.Namespace, horizon: int, seed: int = 0) -> Pla
     )
 
 
-def save_executed(out: Path, parts: Sequence[Path], settings: Mapping[str, object]) -> None:
-    """Write the executed base chunks of these episode files, in their order, and the record of the run."""
-    values: dict[str, list[np.ndarray]] = {name: [] for name in ("chunk", "slot", "actions", "latents")}
-    episodes, chunks = [], 0
-    for path in parts:
-        with np.load(path, allow_pickle=False) as part:
-            base = {name: part[f"executed.{name}"] for name in values}
-            episodes.append({"part": path.stem, "steps": len(base["slot"]), "solved": bool(part["solved"])})
-        base["chunk"] = np.where(base["chunk"] < 0, -1, base["chunk"] + chunks)
-        chunks += len(base["actions"])
-        for name, array in base.items():
-            values[name].append(array)
-    folder = out / EXECUTED_FOLDER
-    folder.mkdir(exist_ok=True)
-    partial = folder / "base.partial"
-    with partial.open("wb") as file:
-        np.savez(file, **{name: np.concatenate(arrays) for name, arrays in values.items()})
-    partial.replace(folder / f"{settings['policy_id']}.npz")
-    record = {
-        **settings,
-        "solved": sum(episode["solved"] for episode in episodes),
-        "episodes": episodes,
-        "machine": provenance.machine(),
-        "versions": provenance.versions(),
-    }
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
     """What identifies a run: the options and the very weights."""
     config = json.loads((model_path(args.policy) / "config.json").read_text(encoding="utf-8"))
     planner_config(args, config["horizon"])
     head = hashlib.sha256(model_path(args.head).read_bytes()).hexdigest() if args.head else None
     return {name: getattr(args, name) for name in SETTINGS} | {"policy_id": config["policy_id"], "head_sha256": head}
-
-
-def check_settings(path: Path, settings: Mapping[str, object]) -> None:
-    """Refuse to continue a run of other settings.
-
-    Raises:
-        ConfigError: Naming what differs.
-    """
-    theirs = json.loads(path.read_text()) if path.exists() else settings
-    if wrong := [f"{k}: there {theirs.get(k)!r}, here {v!r}" for k, v in settings.items() if theirs.get(k) != v]:
-        raise ConfigError(f"{path.parent} holds episodes of other settings ({'; '.join(wrong)}); choose another --out")
-    path.write_text(json.dumps(settings))
 
 
 def parser() -> argparse.ArgumentParser:

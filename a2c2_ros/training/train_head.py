@@ -2,11 +2,15 @@
 
 ``python -m a2c2_ros.training.train_head --data DIR --policy POLICY --out DIR``. Paper equation 8 and 9:
 (o_{t+k}, Â_t[k], τ_k, z_t, l) -> a_{t+k} - Â_t[k], k uniform, mean squared error. Ablations and controls are options;
-what they take away is taken away by the exported graph, too, so that a control loop runs every head alike.
+what they take away is taken away by the exported graph, too, so that a control loop runs every head alike. With
+``--init HEAD`` a trained head is trained on and exported. A folder that has a head already is refused; a training that
+was killed continues.
 """
 
 import argparse
 import dataclasses
+import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from a2c2_ros.core.errors import ConfigError, PolicyError
+from a2c2_ros.core.errors import A2C2Error, ConfigError, PolicyError
 from a2c2_ros.core.features import time_feature
+from a2c2_ros.core.head import HeadInput
 from a2c2_ros.heads.base import ABLATIONS, ARCHITECTURES, Head, head_type, load_head, save_head, variant
+from a2c2_ros.heads.export import export
 from a2c2_ros.policies.flow import FlowNetwork, load_network
 from a2c2_ros.policies.lerobot_files import LeRobotMapping, checkpoint_id, is_checkpoint
 from a2c2_ros.training.cache_chunks import DESCRIPTION_FILE, PolicyFacts, language_rows, load_facts
@@ -31,6 +37,12 @@ VALIDATION_DRAWS = 8  # slots per frame
 VALIDATION_BATCH = 128  # frames
 PAPER_STEPS = 200_000
 MIN_LATENT_STD = 0.01  # in means of the latent's standard deviations; what hardly varies is not blown up
+
+INIT_LEARNING_RATE = 0.2
+"""Of the recipe's, for a head that is trained already."""
+PARITY_FRAMES = 64
+HEAD_FILE, ONNX_FILE, RECORD_FILE = "head.safetensors", "head.onnx", "training.json"
+CHECKPOINT = Path("checkpoint") / "latest.safetensors"
 
 LOSS_UNITS = {"action": "action units", "deviation": "action standard deviations"}
 RECIPES = {
@@ -93,8 +105,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, nargs="+", required=True, help="one or more LeRobotDatasets, joined")
     p.add_argument(
         "--policy",
-        required=True,
-        help="folder of a flow policy or a LeRobot checkpoint, or the id of any policy with cached chunks",
+        help="folder of a flow policy or a LeRobot checkpoint, or the id of any policy with cached chunks (not needed "
+        "with --init)",
+    )
+    p.add_argument(
+        "--init",
+        type=Path,
+        help="head.safetensors to go on from: architecture, options and statistics are its own, the learning rate is a "
+        "fifth; writes head.onnx, too",
     )
     p.add_argument("--out", type=Path, required=True, help="folder of the head")
     p.add_argument("--holdout", type=float, default=0.05, help="must be the policy's")
@@ -127,12 +145,34 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     p = parser()
     asked, _ = p.parse_known_args(argv)
-    p.set_defaults(**RECIPES[asked.recipe or ("paper" if asked.architecture == "transformer" else "ours")])
-    arguments = p.parse_args(argv)
+    try:
+        init = load_head(asked.init) if asked.init else None
+        if init is not None:
+            p.set_defaults(architecture=init.architecture, **options_of(init))
+            asked, _ = p.parse_known_args(argv)
+        elif asked.policy is None:
+            raise ConfigError("--policy is not given, only with --init it need not be")
+        defaults = RECIPES[asked.recipe or ("paper" if asked.architecture == "transformer" else "ours")]
+        if init is not None:
+            defaults = defaults | {"learning_rate": INIT_LEARNING_RATE * defaults["learning_rate"]}
+        p.set_defaults(**defaults)
+        run(p.parse_args(argv), init)
+    except A2C2Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: argparse.Namespace, init: Head | None) -> None:
+    """Train as the command line says, from ``init`` on if it is given.
+
+    Raises:
+        A2C2Error: If something does not fit, or the folder has a head.
+    """
     recipe = HeadRecipe(
         # One observation of a reactive head is one sample, whatever the slot.
         draws=1 if arguments.reactive else arguments.draws,
@@ -142,8 +182,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         executed=arguments.executed,
     )
     loop = LoopConfig.from_arguments(arguments)
-    policy, facts = find_policy(arguments.policy, arguments.data)
-    parts = [load_demonstrations(root, facts.cameras) for root in arguments.data]
+    check_free(arguments.out, init is not None)
+    if arguments.policy is None:
+        policy, facts = None, PolicyFacts.of(init.config, kind="of a head")
+    else:
+        policy, facts = find_policy(arguments.policy, arguments.data)
+    cameras = facts.cameras if init is None else init.config.cameras
+    parts = [load_demonstrations(root, cameras) for root in arguments.data]
     data = concatenate(parts)
     chunks = concatenate_chunks(
         [
@@ -151,22 +196,102 @@ def main(argv: Sequence[str] | None = None) -> None:
             for root, part in zip(arguments.data, parts, strict=True)
         ]
     )
-    facts.check(data, chunks.actions, chunks.latents)
     torch.manual_seed(loop.seed)
-    head = make_head(
-        arguments.architecture,
-        policy or described(facts, data),
-        data.data_hash,
-        image_size=arguments.image_size,
-        without=tuple(arguments.without),
-        residual_limit=arguments.residual_limit,
-        reactive=arguments.reactive,
-    )
-    if policy is None:
+    if init is None:
+        facts.check(data, chunks.actions, chunks.latents)
+        head = make_head(
+            arguments.architecture,
+            policy or described(facts, data),
+            data.data_hash,
+            image_size=arguments.image_size,
+            without=tuple(arguments.without),
+            residual_limit=arguments.residual_limit,
+            reactive=arguments.reactive,
+        )
+    else:
+        check_init(init, facts, data, chunks, arguments)
+        head = init
+        head.config = dataclasses.replace(init.config, training_data_hash=data.data_hash)
+    if policy is None and init is None:
         training, _ = data.split(arguments.holdout)
         language = language_rows(chunks.language, data)
         head.set_statistics(statistics(data, training, language) | latent_statistics(chunks, training))
-    train_head(data, chunks, head, loop, arguments.out, arguments.holdout, recipe)
+    origin = hashlib.sha256(arguments.init.read_bytes()).hexdigest() if init else ""
+    trained = train_head(data, chunks, head, loop, arguments.out, arguments.holdout, recipe, init=origin)
+    if init is not None:
+        path = arguments.out / ONNX_FILE
+        manifest = export(trained, samples_of(trained, data, chunks, PARITY_FRAMES), path)
+        print(f"{path}: parity error {manifest.parity_max_abs_error:.2e} on {PARITY_FRAMES} frames")
+
+
+def check_free(out: Path, exports: bool = False) -> None:
+    """Refuse to overwrite a head.
+
+    Args:
+        out: Folder of a training.
+        exports: The ONNX file is the last that the training writes; else its record is.
+
+    Raises:
+        ConfigError: If the folder has one, unless that training was killed before it had written its last file.
+    """
+    unfinished = (out / CHECKPOINT).exists() and not (out / (ONNX_FILE if exports else RECORD_FILE)).exists()
+    if there := [name for name in (HEAD_FILE, ONNX_FILE) if (out / name).exists() and not unfinished]:
+        raise ConfigError(f"{out} has {' and '.join(there)} already: choose another --out")
+
+
+def options_of(head: Head) -> dict[str, object]:
+    """The options that a head was made with, by the command line's names."""
+    config = head.config
+    return {
+        "without": list(config.without),
+        "residual_limit": config.residual_limit,
+        "reactive": config.reactive,
+        "image_size": getattr(config, "encoded_size", 0),
+    }
+
+
+def check_init(
+    head: Head, facts: PolicyFacts, data: Demonstrations, chunks: BaseChunks, arguments: argparse.Namespace
+) -> None:
+    """Compare a trained head with what it is to be trained on.
+
+    Raises:
+        ConfigError: Naming every difference.
+    """
+    config = head.config
+    images = {name: (config.image_size, config.image_size, 3) for name in config.cameras}
+    rows = [
+        ("policy_id", config.policy_id, facts.policy_id),
+        ("cameras", images, {name: tuple(frames.shape[1:]) for name, frames in data.frames.items()}),
+        ("state_names", config.state_names, data.state_names),
+        ("action_names", config.action_names, data.action_names),
+        ("step_ns", config.step_ns, data.step_ns),
+        ("horizon", config.horizon, chunks.actions.shape[2]),
+        ("latent_dim", config.latent_dim or chunks.latents.shape[2], chunks.latents.shape[2]),
+        ("architecture", head.architecture, arguments.architecture),
+        *((name, value, getattr(arguments, name)) for name, value in options_of(head).items()),
+    ]
+    if wrong := [f"{name}: head {mine!r}, here {theirs!r}" for name, mine, theirs in rows if mine != theirs]:
+        raise ConfigError(f"{arguments.init} cannot be trained on, it differs in " + "; ".join(wrong))
+
+
+def samples_of(head: Head, data: Demonstrations, chunks: BaseChunks, count: int) -> list[HeadInput]:
+    """Inputs of a head, drawn as in its training."""
+    rng = np.random.default_rng(0)
+    frames = rng.choice(np.flatnonzero(chunks.cached | (chunks.slot >= 0)), count)
+    actions, slots, latents = draw_bases(data, chunks, HeadRecipe(), frames, rng, views=1)
+    language = language_rows(chunks.language, data).numpy()
+    return [
+        HeadInput(
+            images={name: data.frames[name][frame] for name in head.config.cameras},
+            state=data.state[frame],
+            base_action=action,
+            time_feature=time_feature(slot, head.config.horizon),
+            latent=latent,
+            language=language[data.task[frame]],
+        )
+        for frame, action, slot, latent in zip(frames, actions, slots, latents, strict=True)
+    ]
 
 
 def find_policy(policy: str, roots: Sequence[Path]) -> tuple[FlowNetwork | None, PolicyFacts]:
@@ -292,6 +417,7 @@ def train_head(
     holdout: float = 0.05,
     recipe: HeadRecipe | None = None,
     augmentation: Augmentation | None = None,
+    init: str = "",
 ) -> Head:
     """Train a head and write ``head.safetensors`` with its record.
 
@@ -304,14 +430,16 @@ def train_head(
         holdout: Fraction of the episodes for validation; the base policy must not have been trained on them.
         recipe: How samples are drawn.
         augmentation: Of the newest observation.
+        init: SHA-256 of the file that the head was loaded from; empty if it is untrained.
 
     Returns:
         The head as stored.
 
     Raises:
-        ConfigError: If the recipe does not fit the chunks or the head, or ``out`` has the checkpoint of another
-            training.
+        ConfigError: If the recipe does not fit the chunks or the head, or ``out`` has a head, or the checkpoint of
+            another training.
     """
+    check_free(out, bool(init))
     recipe, augmentation = recipe or HeadRecipe(), augmentation or Augmentation()
     horizon = head.config.horizon
     recipe.slot_range(horizon)
@@ -324,6 +452,11 @@ def train_head(
     training, validation = (indices[known[indices]] for indices in data.split(holdout))
     validation = np.random.default_rng(0).permutation(validation)[:VALIDATION_FRAMES]
     language = language_rows(chunks.language, data)
+    if head.config.language_dim not in (0, language.shape[1]):
+        raise ConfigError(
+            f"the head takes an embedding of {head.config.language_dim} values of an instruction, the policy of these "
+            f"chunks has {language.shape[1]}"
+        )
     cached = training[chunks.cached[training]]
     of_task = [cached[data.task[cached] == task] for task in range(len(data.instructions))]
     if recipe.mismatch and not all(len(frames) for frames in of_task):
@@ -392,15 +525,17 @@ def train_head(
 
     origin = (
         f"head {head.architecture} {fingerprint(head.config, recipe)} on data {data.data_hash[:12]} seed {loop.seed}"
+        + (f" from {init[:12]}" if init else "")
     )
-    trained = train(head, loss, validate, loop, out / "checkpoint" / "latest.safetensors", origin)
-    save_head(trained.model, out / "head.safetensors")
+    trained = train(head, loss, validate, loop, out / CHECKPOINT, origin)
+    save_head(trained.model, out / HEAD_FILE)
     write_record(
-        out / "training.json",
+        out / RECORD_FILE,
         {
             "policy_id": head.config.policy_id,
             "architecture": variant(head),
             "head": head.config,
+            "init_sha256": init or None,
             "parameters": sum(p.numel() for p in head.parameters()),
             "data": describe(data, training, holdout),
             "data_sets": getattr(data, "hashes", (data.data_hash,)),
@@ -412,23 +547,26 @@ def train_head(
             "steps": trained.steps,
             "seconds": trained.seconds,
             "history": trained.history,
-            "departures_from_the_paper": departures(head, recipe, loop, trained.steps, len(chunks.actions)),
+            "departures_from_the_paper": departures(head, recipe, loop, trained.steps, len(chunks.actions), bool(init)),
         },
     )
     plot_losses(out / "loss.png", trained.history, f"squared error [{LOSS_UNITS[recipe.loss_unit]}]")
-    return load_head(out / "head.safetensors")
+    return load_head(out / HEAD_FILE)
 
 
-def departures(head: Head, recipe: HeadRecipe, loop: LoopConfig, steps: int, views: int) -> list[str]:
+def departures(
+    head: Head, recipe: HeadRecipe, loop: LoopConfig, steps: int, views: int, trained_before: bool = False
+) -> list[str]:
     """What differs from the paper's training of its head, in words."""
     config, paper = head.config, RECIPES["paper"]
     origin = "the base policy's" if head.encoder_of_policy else "random weights"
+    origin = "a trained head's" if trained_before else origin
     found = {
         "compact": f"Compact network, its encoder initialised from {origin}, instead of ResNet-18 and a transformer.",
         "mlp": "Multilayer perceptron without images instead of ResNet-18 and a transformer.",
-        "transformer": "ResNet-18 starts from random weights instead of ImageNet's.",
+        "transformer": f"ResNet-18 starts from {origin} instead of ImageNet's.",
     }
-    lines = [found[head.architecture]]
+    lines = [found[head.architecture]] + ["All weights start from a trained head's."] * trained_before
     if any(getattr(loop, name) != paper[name] for name in ("learning_rate", "schedule", "weight_decay")):
         lines.append(
             f"AdamW {loop.learning_rate:g}, {loop.schedule} schedule, weight decay {loop.weight_decay:g}, instead of "
@@ -458,4 +596,4 @@ def departures(head: Head, recipe: HeadRecipe, loop: LoopConfig, steps: int, vie
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""Retrain a head on what happened: ``make retrain``.
+
+Evaluates the head on LIBERO Spatial where something interferes, records episodes of the real nodes with the expert's
+labels, converts the bags, trains the head on them and on the demonstrations, swaps it into a running loop, and
+evaluates again. The episodes start from sampled placements, so that all official initial states are held out. Every
+step that is done is kept: the same command continues after a kill.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from a2c2_ros import bringup, provenance
+from a2c2_ros.core.config import PlannerConfig
+from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.core.safety import State
+from a2c2_ros.evaluation.cells import DISTURBED, STATIC, outcomes
+from a2c2_ros.evaluation.statistics import difference
+from a2c2_ros.jobs import run_jobs
+from a2c2_ros.paths import model_path
+from a2c2_ros.sim import conventions
+from a2c2_ros.training.libero import Step, check_settings, options
+
+FIRST_SEED = 1_000_000
+"""Placements of the recorded episodes; evaluations use seeds from 0 and from 2**31."""
+SWAP_STEPS = 100
+"""Control steps that are watched before and after the swap."""
+SWAP_TIMEOUT_S = 600.0
+SETTINGS = ("tasks", "episodes", "evaluations", "motion", "disturbance", "e", "d", "seed", "minutes", "steps", "policy")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m a2c2_ros.training.retrain",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--out", type=Path, default=Path("runs/retrain"), help="folder of bags, data set, head, evaluations")
+    p.add_argument("--result", type=Path, default=Path("results/retrain.json"), help="JSON file of the result")
+    p.add_argument("--head", default="compact_libero_spatial", help="folder with head.onnx and head.safetensors")
+    p.add_argument("--policy", default=PlannerConfig().policy_path, help="checkpoint folder of the base policy")
+    p.add_argument("--old", type=Path, default=Path("data/libero"), help="data that it was trained on")
+    p.add_argument("--tasks", default="0-9", help="task numbers, e.g. 0-3,7")
+    p.add_argument("--episodes", type=int, default=10, help="recorded episodes per task")
+    p.add_argument("--evaluations", type=int, default=20, help="initial states per task, before and after")
+    p.add_argument("--motion", choices=conventions.MOTIONS, default="drift", help="what the plate does")
+    p.add_argument("--disturbance", type=float, default=0.0, help="strength of pushes on the arm, 0 to 1")
+    p.add_argument("--e", type=int, default=40, help="execution horizon e [steps]")
+    p.add_argument("--d", type=int, default=10, help="injected inference delay d [steps]")
+    budget = p.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, default=10.0, help="of the training")
+    budget.add_argument("--steps", type=int, help="of the training, instead of minutes")
+    p.add_argument("--seed", type=int, default=0, help="of placements, noise and training")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes or threads of each step")
+    p.add_argument("--list", action="store_true", help="print the commands, and which are done")
+    p.add_argument("--only", choices=("record", "swap"), help=argparse.SUPPRESS)
+    p.add_argument("--task", type=int, help=argparse.SUPPRESS)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code of the step that failed, else 0."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    try:
+        tasks = conventions.parse_tasks(args.tasks)
+        if args.only == "record":
+            record_task(args, args.task) if args.task is not None else record(args, argv, tasks)
+            return 0
+        if args.only == "swap":
+            swap(args, tasks[0])
+            return 0
+        heads = {name: file_hash(model_path(args.head) / name) for name in ("head.onnx", "head.safetensors")}
+        if not 0.0 <= args.disturbance <= 1.0:
+            raise ConfigError(f"--disturbance is {args.disturbance}, allowed is 0 to 1")
+        if not args.list:
+            args.out.mkdir(parents=True, exist_ok=True)
+            check_settings(args.out / "settings.json", {name: getattr(args, name) for name in SETTINGS} | heads)
+        if not (args.old / "meta" / "info.json").is_file():
+            print(f"{args.old} has no data set: the head is trained on the new data alone")
+        for step in commands(args, argv):
+            done = step.product.exists()
+            command = [sys.executable, "-m", f"a2c2_ros.{step.command[0]}", *step.command[1:]]
+            print(f"{'done   ' if done else ''}{step.name}: {shlex.join(command[1:])}", flush=True)
+            if not args.list and not done and (code := subprocess.run(command).returncode):
+                print(f"error: {step.name} ended with {code}; the same command continues", file=sys.stderr)
+                return code
+        if not args.list:
+            report(args)
+    except A2C2Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def commands(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[Step]:
+    """The commands in their order, and what each makes."""
+    out, head = args.out, model_path(args.head)
+    new = out / "head"
+    variant = STATIC if args.motion == "none" else args.motion
+    if args.disturbance:
+        variant += f"{DISTURBED}{args.disturbance:g}"
+    evaluation = {
+        "method": "a2c2",
+        "tasks": args.tasks,
+        "episodes": args.evaluations,
+        "variant": variant,
+        "horizon": args.e,
+        "delay": args.d,
+        "seed": args.seed,
+        "policy": args.policy,
+        "workers": args.workers,
+    }
+    training = {
+        "init": head / "head.safetensors",
+        "policy": model_path(args.policy),
+        "data": [folder for folder in (args.old, out / "data") if folder != args.old or has_data(folder)],
+        "out": new,
+        "seed": args.seed,
+        "workers": args.workers,
+        **({"steps": args.steps} if args.steps else {"minutes": args.minutes}),
+    }
+    runs = [run_folder(args, task) / "bag" for task in conventions.parse_tasks(args.tasks)]
+
+    def step(name: str, module: str, product: Path, *given: object, **named: object) -> Step:
+        return Step(name, (module, *map(str, given), *options(named)), product)
+
+    def evaluated(name: str, path: Path) -> Step:
+        product = out / f"{name}.json"
+        return step(name, "evaluation.libero", product, **evaluation, head=path, out=product)
+
+    yield evaluated("before", head / "head.onnx")
+    yield step("record", "training.retrain", out / "recorded.json", *argv, "--only", "record")
+    yield step(
+        "convert", "training.from_bag", out / "data" / "meta" / "info.json", *runs, out=out / "data", label="expert"
+    )
+    yield step("train", "training.train_head", new / "head.onnx", **training)
+    yield step("swap", "training.retrain", out / "swap.json", *argv, "--only", "swap")
+    yield evaluated("after", new / "head.onnx")
+
+
+def has_data(folder: Path) -> bool:
+    """Whether there is a data set."""
+    return (folder / "meta" / "info.json").is_file()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        ConfigError: If it is missing.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: --head is a folder with head.onnx and head.safetensors")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def run_folder(args: argparse.Namespace, task: int) -> Path:
+    """Where the recorded run of a task is."""
+    return args.out / "runs" / f"task{task:02d}"
+
+
+def arguments_of(args: argparse.Namespace, task: int, out: Path, **given: object) -> list[str]:
+    """The bring-up of a run."""
+    values = {
+        "task": task,
+        "seed": FIRST_SEED + 100_000 * args.seed + 1000 * task,
+        "initial_state": -2,
+        "motion": args.motion,
+        "disturbance": args.disturbance,
+        "policy_path": args.policy,
+        "head": model_path(args.head) / "head.onnx",
+        "execution_horizon": args.e,
+        "inference_delay": args.d,
+        "out": out,
+    }
+    return ["libero_sim", *(f"{name}:={str(value)}" for name, value in (values | given).items())]
+
+
+def own_domain(task: int) -> str:
+    """A DDS domain for a run, so that those that run at the same time do not meet."""
+    first = int(os.environ.get("ROS_DOMAIN_ID") or os.getppid())  # the same for all tasks of a command
+    return str(bringup.DOMAINS[(first + task) % len(bringup.DOMAINS)])
+
+
+def record_task(args: argparse.Namespace, task: int) -> None:
+    """Record the episodes of a task by the real nodes."""
+    folder = run_folder(args, task)
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    os.environ["ROS_DOMAIN_ID"] = own_domain(task)
+    if code := bringup.main(arguments_of(args, task, partial, episodes=args.episodes, record="true", expert="true")):
+        raise A2C2Error(f"the run of task {task} ended with {code}")
+    partial.rename(folder)
+
+
+def record(args: argparse.Namespace, argv: Sequence[str], tasks: Sequence[int]) -> None:
+    """Record the tasks that are missing, and how they went.
+
+    Raises:
+        A2C2Error: If a run failed; those that are complete are kept.
+    """
+    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "a2c2_ros.training.retrain", *argv]
+    missing = [task for task in tasks if not run_folder(args, task).exists()]
+    with tqdm(total=len(tasks), initial=len(tasks) - len(missing), unit="task", desc="record") as bar:
+
+        def show() -> None:
+            bar.update(sum(run_folder(args, task).exists() for task in tasks) - bar.n)
+
+        jobs = {f"task{task:02d}": [*command, "--task", str(task)] for task in missing}
+        if failed := run_jobs(jobs, args.workers, args.out / "runs", show):
+            raise A2C2Error(f"runs {failed} failed, see {args.out / 'runs'}/*.log; the same command continues")
+    episodes = [
+        episode
+        for task in tasks
+        for episode in json.loads((run_folder(args, task) / "summary.json").read_text(encoding="utf-8"))["per_episode"]
+    ]
+    (args.out / "recorded.json").write_text(json.dumps(episodes, indent=1) + "\n")
+
+
+def swap(args: argparse.Namespace, task: int) -> None:
+    """Swap the new head into a loop that runs on the clock, by the parameter service, and count what was missed.
+
+    Raises:
+        A2C2Error: If the swap was refused or the loop did not go on.
+    """
+    import rclpy
+    from rclpy.executors import SingleThreadedExecutor
+    from rclpy.parameter import Parameter
+    from rclpy.parameter_client import AsyncParameterClient
+
+    from a2c2_ros.msg import ControlConfiguration, ControlStep
+    from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
+
+    head, folder = (args.out / "head" / "head.onnx").resolve(), args.out / "swap"
+    domain = own_domain(0)
+    os.environ.update(bringup.environment() | {"ROS_DOMAIN_ID": domain})
+    context = rclpy.Context()
+    rclpy.init(context=context, domain_id=int(domain))
+    node = rclpy.create_node("retrain", context=context)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+    steps: list[ControlStep] = []
+    configurations: dict[int, ControlConfiguration] = {}
+    node.create_subscription(ControlStep, "control_step", steps.append, reliable_qos(1000))
+    node.create_subscription(
+        ControlConfiguration, "control_configuration", lambda m: configurations.update({m.revision: m}), latched_qos(10)
+    )
+    client = AsyncParameterClient(node, "correction_controller")
+    command = [sys.executable, "-m", "a2c2_ros.bringup"]
+    command += arguments_of(args, task, folder.resolve(), episodes=0, lockstep="false")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with (folder / "bringup.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    deadline_s = time.monotonic() + SWAP_TIMEOUT_S
+
+    def spin_until(condition: Callable[[], bool], what: str) -> None:
+        while not condition():
+            executor.spin_once(timeout_sec=0.05)
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                raise A2C2Error(f"{what} did not happen, see {folder / 'bringup.log'}")
+
+    try:
+        spin_until(lambda: any(step.state == State.RUNNING for step in steps), "the first step")
+        begun = len(steps)
+        spin_until(lambda: len(steps) >= begun + SWAP_STEPS and client.services_are_ready(), f"{SWAP_STEPS} steps")
+        asked, old = len(steps), steps[-1].configuration
+        asked_s = time.monotonic()
+        answer = client.set_parameters([Parameter("correction.model_path", value=str(head))])
+        spin_until(answer.done, "the answer")
+        answered_s = time.monotonic() - asked_s
+        (result,) = answer.result().results
+        if not result.successful:
+            raise A2C2Error(f"the head was refused: {result.reason}")
+        spin_until(lambda: sum(step.configuration > old for step in steps) >= SWAP_STEPS, "steps with the new head")
+        spin_until(lambda: steps[-1].configuration in configurations, "the new configuration")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        node.destroy_node()
+        rclpy.shutdown(context=context)
+    new = steps[-1].configuration
+    first_new = next(i for i, step in enumerate(steps) if step.configuration == new)
+
+    def watched(part: Sequence[ControlStep]) -> dict[str, object]:
+        return {
+            "steps": len(part),
+            "missed_ticks": sum(step.missed_ticks for step in part),
+            "longest_period_error_s": max(abs(step.period_error_s) for step in part),
+            "states": sorted({State(step.state).name for step in part}),
+        }
+
+    found = {
+        "revision": [old, new],
+        "head_sha256": configurations[new].head_sha256,
+        "answered_after_s": answered_s,
+        "steps_until_in_use": first_new - asked,
+        "before": watched(steps[begun:asked]),
+        "while_loading": watched(steps[asked : first_new + 1]),
+        "after": watched(steps[first_new + 1 :]),
+    }
+    if found["head_sha256"] != file_hash(head):
+        raise A2C2Error(f"the loop runs another head than {head}")
+    (args.out / "swap.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the result and print it."""
+
+    def read(name: str) -> dict | list:
+        return json.loads((args.out / name).read_text(encoding="utf-8"))
+
+    before, after = read("before.json"), read("after.json")
+    data, training, recorded, swapped = (
+        read(name) for name in ("data/from_bag.json", "head/training.json", "recorded.json", "swap.json")
+    )
+    pairs = difference(outcomes(after), outcomes(before))
+    shown = ("cell", "variant", "horizon", "delay", "head_sha256", "total", "per_task", "failures")
+    result = {
+        "before": {name: before[name] for name in shown},
+        "after": {name: after[name] for name in shown},
+        "difference": vars(pairs) if pairs else None,
+        "recorded": {"episodes": len(recorded), "successes": sum(e["result"] == "success" for e in recorded)},
+        "conversion": {name: data[name] for name in ("frames", "seconds_recorded", "seconds", "times_real_time")}
+        | {"ticks_that_differ": sum(len(bag["parity"]["differing"]) for bag in data["bags"])},
+        "training": {name: training[name] for name in ("steps", "seconds", "data_sets", "hyper_parameters")}
+        | {"with_old_data": has_data(args.old)},
+        "swap": swapped,
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
+    }
+    args.result.parent.mkdir(parents=True, exist_ok=True)
+    args.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, found in (("before", before["total"]), ("after", after["total"])):
+        low, high = found["wilson_95"]
+        print(f"{name:7}{found['successes']}/{found['episodes']} [{low:.1%}, {high:.1%}]")
+    missed = swapped["while_loading"]["missed_ticks"]
+    print(f"swapped while it ran: {missed} ticks missed; {args.result}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Training on from a head, and the command that closes the loop."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+pytest.importorskip("lerobot")
+torch = pytest.importorskip("torch")
+
+from bag_writer import make_head, record, write_profile
+
+from a2c2_ros.core.errors import ConfigError, SimulationError
+from a2c2_ros.evaluation import libero as evaluation
+from a2c2_ros.heads.base import load_head, manifest_of, save_head
+from a2c2_ros.heads.export import to_onnx
+from a2c2_ros.heads.onnx_head import OnnxHead, save_graph
+from a2c2_ros.launching import SYSTEMS, parse_arguments
+from a2c2_ros.sim.disturbance import Disturbed
+from a2c2_ros.training import from_bag, retrain, train_head
+from a2c2_ros.training.train_head import check_free
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A head, and a data set of a run with it."""
+    folder = tmp_path_factory.mktemp("recorded")
+    head = make_head()
+    head.action_mean.fill_(0.25)
+    save_head(head, folder / "head.safetensors")
+    save_graph(to_onnx(head), manifest_of(head), folder / "head.onnx")
+    record(folder / "bag", write_profile(folder / "arm.yaml"), folder / "head.onnx", skipped=(10, 55, 75))
+    from_bag.build([folder / "bag"], folder / "data", "expert", parity=False)
+    return folder
+
+
+def command(folder, out, *options):
+    return [*("--init", str(folder / "head.safetensors"), "--data", str(folder / "data"), "--out", str(out))] + [
+        *("--steps", "3", "--batch-size", "4", "--draws", "2", "--no-bfloat16", "--holdout", "0.3", *options)
+    ]
+
+
+def test_a_trained_head_is_trained_on_and_exported(recorded, tmp_path, capsys):
+    torch.set_num_threads(1)
+    out = tmp_path / "head"
+    assert train_head.main(command(recorded, out)) == 0
+    before, after = load_head(recorded / "head.safetensors"), load_head(out / "head.safetensors")
+    statistics = [name for name, _ in before.named_buffers() if name.endswith(("_mean", "_std"))]
+    assert statistics and all(torch.equal(before.get_buffer(n), after.get_buffer(n)) for n in statistics)
+    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert any(changed)
+    manifest = OnnxHead(out / "head.onnx").manifest
+    assert 0.0 < manifest.parity_max_abs_error < 1e-4 and manifest.policy_id == before.config.policy_id
+    told = json.loads((out / "training.json").read_text())
+    assert told["hyper_parameters"]["learning_rate"] == pytest.approx(1e-4) and told["init_sha256"]
+
+    assert train_head.main(command(recorded, out)) == 2
+    assert "has head.safetensors and head.onnx already" in capsys.readouterr().err
+    (out / "head.onnx").unlink()  # as if it was killed before the export
+    assert train_head.main(command(recorded, out)) == 0 and (out / "head.onnx").exists()
+
+
+def test_a_head_that_does_not_fit_is_refused_with_the_difference(recorded, tmp_path, capsys):
+    assert train_head.main(command(recorded, tmp_path / "a", "--reactive", "--architecture", "mlp")) == 2
+    error = capsys.readouterr().err
+    assert "architecture: head 'compact', here 'mlp'" in error and "reactive: head False, here True" in error
+    other = load_head(recorded / "head.safetensors")
+    other.config = other.config.__class__(**{**vars(other.config), "policy_id": "other-1"})
+    save_head(other, tmp_path / "head.safetensors")
+    (tmp_path / "data").symlink_to(recorded / "data")
+    assert train_head.main(command(tmp_path, tmp_path / "b")) == 2
+    assert "other-1" in capsys.readouterr().err
+    assert train_head.main(["--data", "x", "--out", str(tmp_path / "c"), "--steps", "1"]) == 2
+    assert "--policy is not given" in capsys.readouterr().err
+
+
+def test_a_head_is_not_overwritten(tmp_path):
+    check_free(tmp_path)
+    (tmp_path / "head.safetensors").touch()
+    with pytest.raises(ConfigError, match="already"):
+        check_free(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "latest.safetensors").touch()
+    check_free(tmp_path)  # killed before its record
+    (tmp_path / "training.json").touch()
+    with pytest.raises(ConfigError, match="already"):
+        check_free(tmp_path)
+    check_free(tmp_path, exports=True)  # killed before the export
+
+
+class Still:
+    """An environment that only tells what it is asked to execute."""
+
+    motion = "none"
+
+    def reset(self, initial_state, seed):
+        return {"initial_state": initial_state}
+
+    def step(self, action, look=True):
+        self.action = action
+        return {}, False
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_pushes_are_seeded_and_leave_the_gripper_alone(strength):
+    def executed(seed):
+        env = Disturbed(Still(), strength)
+        assert env.reset(3, seed) == {"initial_state": 3} and env.motion == "none"
+        return np.array([(env.step(np.full(7, 0.1)), env.action)[1] for _ in range(200)])
+
+    first = executed(1)
+    assert np.array_equal(first, executed(1)) and (first[:, 6] == 0.1).all() and np.abs(first).max() <= 1.0
+    pushed = (first != 0.1).any(axis=1)
+    assert pushed.any() == (strength > 0.0) and pushed.mean() < 0.5
+    assert strength == 0.0 or not np.array_equal(first, executed(2))
+    with pytest.raises(SimulationError, match="disturbance is 1.5"):
+        Disturbed(Still(), 1.5)
+
+
+def test_the_steps_are_commands_that_exist(tmp_path, monkeypatch):
+    argv = ["--out", str(tmp_path / "out"), "--tasks", "0,3", "--disturbance", "0.5", "--steps", "7", "--old", "none"]
+    args = retrain.parser().parse_args(argv)
+    steps = {step.name: step for step in retrain.commands(args, argv)}
+    assert list(steps) == ["before", "record", "convert", "train", "swap", "after"]
+    before, after = (evaluation.parser().parse_args(steps[name].command[1:]) for name in ("before", "after"))
+    assert before.variant == after.variant == "drift+0.5" and before.head != after.head
+    converted = from_bag.parser().parse_args(steps["convert"].command[1:])
+    assert [bag.parent.name for bag in converted.bags] == ["task00", "task03"] and converted.label == "expert"
+    trained = train_head.parser().parse_known_args(steps["train"].command[1:])[0]
+    assert trained.data == [tmp_path / "out" / "data"], "there is no old data"
+    assert trained.init.name == "head.safetensors" and trained.out / "head.onnx" == Path(after.head)
+    table, _ = SYSTEMS["libero_sim"]
+    texts = retrain.arguments_of(args, 3, tmp_path, record="true", expert="true")[1:]
+    values = parse_arguments(table, dict(text.split(":=", 1) for text in texts))
+    assert values["expert"] and values["initial_state"] == -2 and values["disturbance"] == 0.5
+    assert values["seed"] >= retrain.FIRST_SEED, "not the placements of an evaluation"
+
+
+def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--tasks", "0", "--evaluations", "4", "--old", "none"]
+    total = {"wilson_95": [0.1, 0.9], "episodes": 4}
+
+    def evaluated(successes):
+        rollouts = [{"task": 0, "initial_state": i, "success": i < successes, "error": None} for i in range(4)]
+        cell = {"cell": "a2c2", "variant": "drift", "horizon": 40, "delay": 10, "head_sha256": "", "failures": {}}
+        return cell | {"total": total | {"successes": successes}, "per_task": {}, "rollouts": rollouts}
+
+    content = {
+        "before": evaluated(1),
+        "after": evaluated(3),
+        "record": [{"result": "success"}, {"result": "failure"}],
+        "train": {"steps": 1, "seconds": 1, "data_sets": [], "hyper_parameters": {}},
+        "swap": {"while_loading": {"missed_ticks": 0}},
+    }
+    ran = []
+
+    def run(command):
+        steps = retrain.commands(retrain.parser().parse_args(argv), argv)
+        step = next(step for step in steps if step.command[1:] == tuple(command[3:]))
+        ran.append(name := step.name)
+        if name == "swap" and ran.count("swap") == 1:
+            return SimpleNamespace(returncode=1)
+        step.product.parent.mkdir(parents=True, exist_ok=True)
+        step.product.write_text(json.dumps(content.get(name, {})))
+        if name == "train":
+            (step.product.parent / "training.json").write_text(json.dumps(content[name]))
+        if name == "convert":
+            numbers = dict.fromkeys(("frames", "seconds_recorded", "seconds", "times_real_time"), 1)
+            bags = [{"parity": {"compared": 9, "differing": []}}]
+            (step.product.parents[1] / "from_bag.json").write_text(json.dumps(numbers | {"bags": bags}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(retrain, "subprocess", SimpleNamespace(run=run))
+    assert retrain.main(argv) == 1 and ran[-1] == "swap"
+    assert retrain.main(argv) == 0 and ran.count("before") == 1 and ran[-2:] == ["swap", "after"]
+    result = json.loads(Path("results/retrain.json").read_text())
+    assert result["difference"]["points"] == 50.0 and result["recorded"] == {"episodes": 2, "successes": 1}
+    assert not result["training"]["with_old_data"] and "alone" in capsys.readouterr().out
+    assert retrain.main([*argv, "--evaluations", "5"]) == 2
+    assert "evaluations: there 4, here 5" in capsys.readouterr().err
