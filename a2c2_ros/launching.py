@@ -132,22 +132,25 @@ OF_PLANNER = (
 )
 
 
-OF_SIMULATOR = ("task", "episodes", "max_steps", "seed", "motion", "lockstep")
+OF_SIMULATOR = ("task", "episodes", "initial_state", "max_steps", "seed", "motion", "disturbance", "expert", "lockstep")
 
 
-def _of_planner(name: str) -> Argument:
+def _of_planner(name: str, default: Value | None = None) -> Argument:
     field = {item.name: item for item in dataclasses.fields(PlannerConfig)}[name]
-    meta = field.metadata
-    return Argument(name, field.default, meta["description"], meta["low"], meta["high"], meta["choices"] or ())
+    meta, default = field.metadata, field.default if default is None else default
+    return Argument(name, default, meta["description"], meta["low"], meta["high"], meta["choices"] or ())
 
 
 LIBERO_SIM_ARGUMENTS = (
     Argument("task", 0, "LIBERO Spatial task", 0, 9),
     Argument("episodes", 2, "Episodes to run; 0: until stopped", 0, 100_000),
+    Argument("initial_state", -1, "Official initial state; -1: in turn; -2: sampled from the seed", -2, 49),
     Argument("max_steps", MAX_STEPS, "Step limit of an episode", 1, 100_000),
     Argument("seed", 0, "Seed of the fixtures, the policy's noise and the delay's jitter", 0, 2**31 - 1),
     *map(_of_planner, OF_PLANNER),
     Argument("motion", "none", "What the plate does: nothing, slide all the time, or once", texts=MOTIONS),
+    Argument("disturbance", 0.0, "Strength of pushes that the arm gets now and then", 0.0, 1.0),
+    Argument("expert", False, "Publish what the scripted expert would do as expert_action, for training"),
     Argument("head", "", "ONNX head, as correction.model_path; empty: that of config/correction_controller.yaml"),
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
     Argument("lockstep", True, "The simulation waits for every command; false: it runs on the clock"),
@@ -166,30 +169,93 @@ def libero_sim(arguments: Mapping[str, Value]) -> System:
     Raises:
         ConfigError: If values do not fit each other.
     """
-    values = dict(arguments)
-    out = Path(values.pop("out") or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")).resolve()
-    planner = {name: values[name] for name in ("seed", *OF_PLANNER)}
-    PlannerConfig().replaced(planner, running=False)
+    values, out = _with_run_folder(arguments)
     mode = {"lockstep": values["lockstep"], "use_sim_time": values["lockstep"]}
-    config = share_directory() / "config"
-
-    head = {"correction.model_path": values["head"]} if values["head"] else {}
-
-    def process(name: str, parameters: dict[str, Value]) -> Process:
-        return Process(name, name, (config / f"{name}.yaml",), parameters)
-
     processes = [
-        process("libero_sim", {name: values[name] for name in OF_SIMULATOR}),
-        process("chunk_planner", planner | mode),
-        process("correction_controller", {"correction.enabled": values["correction"]} | head | mode),
-        process("episode_monitor", {"out": str(out), "use_sim_time": values["lockstep"]} | values),
+        _process("libero_sim", {name: values[name] for name in OF_SIMULATOR}),
+        _process("chunk_planner", _planner(values) | mode),
+        _process("correction_controller", _correction(values) | mode),
+        _process("episode_monitor", {"out": str(out), "use_sim_time": values["lockstep"]} | values),
     ]
     if values["record"]:
-        processes.append(process("episode_recorder", {"out": str(out), "use_sim_time": values["lockstep"]}))
+        processes.append(_process("episode_recorder", {"out": str(out), "use_sim_time": values["lockstep"]}))
     return System(tuple(processes), ends="episode_monitor", out=out)
 
 
-SYSTEMS = {"libero_sim": (LIBERO_SIM_ARGUMENTS, libero_sim)}
+REAL_ROBOT_DEFAULTS = {"policy_path": "reach/flow_reach", "execution_horizon": 10, "inference_delay": 0}
+"""Where a robot differs from the simulation: nothing is injected, and the policy that ships is that of any arm."""
+
+REAL_ROBOT_ARGUMENTS = (
+    Argument("robot", "panda_servo", "Robot profile: a name in config/robots or a path"),
+    Argument("mock", False, "Start mock_robot in place of the robot's driver, which you start otherwise"),
+    Argument("enabled", False, "The controller may move the robot from the start; false: when ~/enable is called"),
+    Argument("episodes", 0, "With mock: episodes of the reaching task, then the end; 0: until stopped", 0, 100_000),
+    Argument("seed", 0, "Seed of the policy's noise, the delay's jitter and the mock", 0, 2**31 - 1),
+    *(_of_planner(name, REAL_ROBOT_DEFAULTS.get(name)) for name in OF_PLANNER),
+    Argument("head", "reach/mlp_reach/head.onnx", "ONNX head, as correction.model_path"),
+    Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
+    _of_planner("control_rate_hz"),
+    Argument("headless", True, "No window with the cameras"),
+    Argument("record", False, "Write all topics to a bag in the run folder"),
+    Argument("out", "", "Run folder; empty: runs/<date>-<time>"),
+)
+
+
+def real_robot(arguments: Mapping[str, Value]) -> System:
+    """Planner and controller of a robot whose driver runs already, or of ``mock_robot``.
+
+    The run ends when it is stopped, and with the mock also after the last of its episodes.
+
+    Args:
+        arguments: Every argument of :data:`REAL_ROBOT_ARGUMENTS` with its value.
+
+    Raises:
+        ConfigError: If values do not fit each other.
+    """
+    values, out = _with_run_folder(arguments)
+    if values["episodes"] and not values["mock"]:
+        raise ConfigError(f"episodes is {values['episodes']}, without mock:=true only 0 is allowed: nobody counts them")
+    mode = {"lockstep": False, "use_sim_time": False}
+    shared = {name: values[name] for name in ("robot", "control_rate_hz")} | mode
+    robot = {"robot": values["robot"], "use_sim_time": False}
+    start = {"start_state": "enabled" if values["enabled"] else "disabled"}
+    processes = [
+        _process("chunk_planner", _planner(values) | shared),
+        _process("correction_controller", _correction(values) | start | shared),
+        _process("episode_monitor", {"out": str(out)} | values | mode),
+    ]
+    if values["mock"]:
+        processes.insert(0, _process("mock_robot", robot | {name: values[name] for name in ("episodes", "seed")}))
+    if values["record"]:
+        processes.append(_process("episode_recorder", {"out": str(out)} | robot))
+    return System(tuple(processes), ends="episode_monitor", out=out)
+
+
+def _with_run_folder(arguments: Mapping[str, Value]) -> tuple[dict[str, Value], Path]:
+    values = dict(arguments)
+    out = values.pop("out") or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    return values, Path(out).resolve()
+
+
+def _planner(values: Mapping[str, Value]) -> dict[str, Value]:
+    parameters = {name: values[name] for name in ("seed", *OF_PLANNER)}
+    PlannerConfig().replaced(parameters, running=False)
+    return parameters
+
+
+def _correction(values: Mapping[str, Value]) -> dict[str, Value]:
+    head = {"correction.model_path": values["head"]} if values["head"] else {}
+    return {"correction.enabled": values["correction"]} | head
+
+
+def _process(name: str, parameters: dict[str, Value]) -> Process:
+    return Process(name, name, (share_directory() / "config" / f"{name}.yaml",), parameters)
+
+
+SYSTEMS = {
+    "libero_sim": (LIBERO_SIM_ARGUMENTS, libero_sim),
+    "real_robot": (REAL_ROBOT_ARGUMENTS, real_robot),
+}
 
 
 def parse_arguments(table: Sequence[Argument], given: Mapping[str, str]) -> dict[str, Value]:

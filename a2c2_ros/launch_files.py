@@ -1,0 +1,53 @@
+"""A system of ``a2c2_ros.launching`` as a launch description; all that the launch files consist of."""
+
+from launch import LaunchDescription
+from launch.actions import DeclareLaunchArgument, LogInfo, OpaqueFunction, RegisterEventHandler, Shutdown
+from launch.event_handlers import OnProcessExit
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+
+from a2c2_ros.launching import SYSTEMS, parse_arguments
+
+
+def describe(name: str) -> LaunchDescription:
+    """Arguments of the system's table, then its nodes, and what their exit means.
+
+    Args:
+        name: Key of ``SYSTEMS``.
+    """
+    table, build = SYSTEMS[name]
+
+    def start_nodes(context) -> list:
+        given = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in table}
+        system = build(parse_arguments(table, given))
+
+        def on_exit(event, context) -> list:
+            if event.process_name.startswith(system.ends):
+                return [Shutdown(reason="the run is over")]
+            return [Shutdown(reason=f"{event.process_name} failed")] if event.returncode else []
+
+        actions = [LogInfo(msg=f"run folder: {system.out}")]
+        for process in system.processes:
+            node = Node(
+                package="a2c2_ros",
+                executable=process.executable,
+                name=process.name,
+                parameters=[*map(str, process.parameter_files), process.parameters],
+                output="screen",
+                emulate_tty=True,
+                sigterm_timeout="10",
+                sigkill_timeout="10",
+            )
+            actions += [RegisterEventHandler(OnProcessExit(target_action=node, on_exit=on_exit)), node]
+        return actions
+
+    declarations = [
+        DeclareLaunchArgument(
+            argument.name,
+            default_value=argument.default_text,
+            description=f"{argument.description} ({argument.allowed})",
+            choices=argument.choices,
+        )
+        for argument in table
+    ]
+    return LaunchDescription([*declarations, OpaqueFunction(function=start_nodes)])
