@@ -9,6 +9,7 @@ from pathlib import Path
 
 from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.errors import ConfigError
+from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.paths import share_directory
 from a2c2_ros.sim.conventions import MAX_STEPS, MOTIONS
 
@@ -189,12 +190,12 @@ REAL_ROBOT_ARGUMENTS = (
     Argument("robot", "panda_servo", "Robot profile: a name in config/robots or a path"),
     Argument("mock", False, "Start mock_robot in place of the robot's driver, which you start otherwise"),
     Argument("enabled", False, "The controller may move the robot from the start; false: when ~/enable is called"),
-    Argument("episodes", 0, "With mock: episodes of the reaching task, then the end; 0: until stopped", 0, 100_000),
+    Argument("episodes", 0, "With mock: episodes of the reaching task, then the end; 0: no task", 0, 100_000),
     Argument("seed", 0, "Seed of the policy's noise, the delay's jitter and the mock", 0, 2**31 - 1),
     *(_of_planner(name, REAL_ROBOT_DEFAULTS.get(name)) for name in OF_PLANNER),
     Argument("head", "reach/mlp_reach/head.onnx", "ONNX head, as correction.model_path"),
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
-    _of_planner("control_rate_hz"),
+    Argument("control_rate_hz", 0.0, "Control steps per second [Hz]; 0: as the profile says, else 20", 0.0, 1000.0),
     Argument("headless", True, "No window with the cameras"),
     Argument("record", False, "Write all topics to a bag in the run folder"),
     Argument("out", "", "Run folder; empty: runs/<date>-<time>"),
@@ -210,13 +211,16 @@ def real_robot(arguments: Mapping[str, Value]) -> System:
         arguments: Every argument of :data:`REAL_ROBOT_ARGUMENTS` with its value.
 
     Raises:
-        ConfigError: If values do not fit each other.
+        ConfigError: If the profile is wrong or values do not fit each other.
     """
     values, out = _with_run_folder(arguments)
     if values["episodes"] and not values["mock"]:
         raise ConfigError(f"episodes is {values['episodes']}, without mock:=true only 0 is allowed: nobody counts them")
     mode = {"lockstep": False, "use_sim_time": False}
-    shared = {name: values[name] for name in ("robot", "control_rate_hz")} | mode
+    profile = load_profile(values["robot"])
+    rate_hz = values["control_rate_hz"] or profile.control_rate_hz or PlannerConfig().control_rate_hz
+    profile.check_rate(rate_hz)
+    shared = {"robot": values["robot"], "control_rate_hz": rate_hz} | mode
     robot = {"robot": values["robot"], "use_sim_time": False}
     start = {"start_state": "enabled" if values["enabled"] else "disabled"}
     processes = [

@@ -27,15 +27,22 @@ def system(**given):
 
 
 def test_a_robot_starts_disabled_with_its_driver_left_to_the_user():
-    run = system(robot="panda", control_rate_hz="50", head="mine.onnx")
+    run = system(robot="panda_forward", head="mine.onnx")
     nodes = {process.name: process.parameters for process in run.processes}
     assert set(nodes) == {"chunk_planner", "correction_controller", "episode_monitor"}
     assert nodes["correction_controller"]["start_state"] == "disabled"
     assert nodes["correction_controller"]["correction.model_path"] == "mine.onnx"
-    assert all(nodes[name]["robot"] == "panda" and nodes[name]["use_sim_time"] is False for name in nodes)
-    assert nodes["chunk_planner"]["control_rate_hz"] == nodes["correction_controller"]["control_rate_hz"] == 50.0
+    assert all(nodes[name]["robot"] == "panda_forward" and nodes[name]["use_sim_time"] is False for name in nodes)
+    assert nodes["chunk_planner"]["control_rate_hz"] == nodes["correction_controller"]["control_rate_hz"] == 100.0
     assert nodes["chunk_planner"]["inference_delay"] == 0
     ControllerConfig().replaced(nodes["correction_controller"], running=False)
+
+
+def test_the_rate_is_the_profile_s_and_another_is_refused():
+    assert system(robot="bench_arm", control_rate_hz="50").processes[0].parameters["control_rate_hz"] == 50.0
+    assert system(robot="bench_arm").processes[0].parameters["control_rate_hz"] == 20.0
+    with pytest.raises(ConfigError, match="control_rate_hz is 20, allowed is 100"):
+        system(robot="panda_forward", control_rate_hz="20")
 
 
 def test_the_mock_takes_the_drivers_place_on_request():

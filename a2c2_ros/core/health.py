@@ -142,7 +142,7 @@ class LoopHealth:
         text = f"{last.state.name}: {last.reason.name}" if last.reason else last.state.name
         if last.state == State.FAULT or last.reason in (Reason.EMERGENCY_STOP, Reason.EMERGENCY_STOP_LOST):
             return Status("state", Level.ERROR, text, values)
-        asked_for = last.state in (State.RUNNING, State.WAITING) or last.state in LATCHED
+        asked_for = last.state in (State.RUNNING, State.WAITING, State.TAKEOVER) or last.state in LATCHED
         if not asked_for and last.reason != Reason.CORRECTION_DISABLED:
             return Status("state", Level.WARN, text, values)
         if limited > config.diagnostics__limited:

@@ -27,7 +27,7 @@ from a2c2_ros.core.controller import ControlStep, CorrectionLoop
 from a2c2_ros.core.errors import ChunkError, ObservationError, StateError
 from a2c2_ros.core.health import LoopHealth
 from a2c2_ros.core.observation import Observation
-from a2c2_ros.core.safety import Reason, State, Verdict
+from a2c2_ros.core.safety import MOVING, Reason, State, Verdict
 from a2c2_ros.core.timing import StepTiming, Tick, TickGrid
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.drivers.sinks import Sink, make_sink
@@ -552,7 +552,7 @@ class CorrectionController(ManagedNode):
     def _log_edge(self, step: ControlStep) -> None:
         text = f"{step.state.name}: {step.reason.name}" + (f" ({step.detail})" if step.detail else "")
         # rclpy ties a severity to the line that logs: one line for both raises.
-        if step.state >= State.HOLDING:
+        if step.state not in (State.WAITING, *MOVING):
             self.get_logger().warning(text)
         else:
             self.get_logger().info(text)

@@ -28,8 +28,9 @@ SLOT_RANGE = 10  # width of the ranges that the validation error is reported by 
 DEPARTURES = (
     "The base policy is a small flow-matching network trained from scratch instead of SmolVLA (450M).",
     "The demonstrations come from a scripted expert instead of LIBERO's human demonstrations.",
-    "Learning rate 1e-3 and fewer steps; auxiliary loss on object positions (training only).",
+    "Learning rate 1e-3 and fewer steps.",
 )
+OBJECTS_DEPARTURE = "Auxiliary loss on object positions (training only)."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,7 +135,7 @@ def train_policy(
             "seconds": trained.seconds,
             "validation_error_by_temperature": errors,
             "history": trained.history,
-            "departures_from_the_paper": DEPARTURES,
+            "departures_from_the_paper": [*DEPARTURES, *([OBJECTS_DEPARTURE] if config.objects_dim else [])],
         },
     )
     plot_losses(out / "loss.png", trained.history, "flow-matching loss")
