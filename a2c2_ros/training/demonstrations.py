@@ -173,9 +173,11 @@ def assemble(
     Raises:
         A2C2Error: If a video lacks a frame.
     """
+    import av
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+    av.logging.set_libav_level(av.logging.ERROR)  # the encoder tells its settings for every video
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     dataset = LeRobotDataset.create(
