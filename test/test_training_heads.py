@@ -627,13 +627,15 @@ def test_labeller_takes_over_a_grasp_of_the_loop(on_policy):
         observation = env.reset(None, 1)
         acting, labeller = Expert(env), on_policy.Labeller(env)
         labeller._yaw += 0.6  # it would have taken the bowl elsewhere
-        labels = []
+        labels, carried = [], []
         for _ in range(150):
             action = acting.act(observation)
             if acting.phase in (Phase.APPROACH, Phase.DESCEND, Phase.CLOSE):
                 labeller._last_position = observation["ee_pose"][:3].copy()
             else:
                 labels.append(labeller.act(observation))
+                if acting.phase is Phase.TRANSFER and np.linalg.norm(action[:2]) > 0.5:
+                    carried.append(labels[-1][:2] @ action[:2])
             if acting.phase in (Phase.OPEN, Phase.DONE):
                 break
             observation, _ = env.step(action)
@@ -641,6 +643,7 @@ def test_labeller_takes_over_a_grasp_of_the_loop(on_policy):
     # While the bowl still stands the label may be anything; once it hangs, it is to hold and carry it.
     assert all(label[6] == 1.0 for label in labels[8:-1])
     assert np.abs([label[5] for label in labels[8:-1]]).mean() < 0.2  # and not to turn to another grasp
+    assert len(carried) > 5 and min(carried) > 0  # to the plate, not back to where it would have lifted the bowl
 
 
 def test_labeller_takes_the_bowl_where_the_loop_came_down(on_policy):

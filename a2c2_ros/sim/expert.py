@@ -19,6 +19,7 @@ GRIP_DEPTH_M = 0.02
 """How far below the rim the gripper's centre goes."""
 APPROACH_HEIGHT_M = 0.05
 LIFT_HEIGHT_M = 0.08
+LIFT_TOLERANCE_M = 0.02
 HOVER_HEIGHT_M = 0.05
 SEATED_HEIGHT_M = 0.0105
 """Bowl origin above plate origin below which the bowl stands on the plate."""
@@ -62,6 +63,8 @@ AT_BOWL_M, AT_BOWL_HEIGHT_M = 0.09, 0.02
 RIM_COST_PER_M = 30.0
 FALLEN_M = 0.05
 """A bowl this far below the plate fell off the table."""
+CARRIED_HEIGHT_M = 0.03
+"""A bowl that is this much above where it stood may be carried on, if no wall is in its way."""
 MIN_UPRIGHT = 0.5
 """Cosine of the bowl's tilt below which the expert cannot take it by the rim any more."""
 
@@ -164,7 +167,7 @@ class Expert:
             self._bowl_in_hand = bowl[:3] - position
             self._lift_z = position[2] + max(LIFT_HEIGHT_M, self._wall_height(bowl, plate) + WALL_MARGIN_M - bowl[2])
             self._enter(Phase.LIFT)
-        elif self.phase is Phase.LIFT and position[2] > self._lift_z - 0.02:
+        elif self.phase is Phase.LIFT and position[2] > self._lift_z - LIFT_TOLERANCE_M:
             self._enter(Phase.TRANSFER)
         elif self.phase is Phase.TRANSFER:
             error = np.linalg.norm(bowl[:2] - plate[:2])
@@ -269,8 +272,9 @@ class Expert:
 class Labeller(Expert):
     """The expert beside a loop that acts by itself.
 
-    The expert knows its own grasp only. One that the loop made is taken over, or the label would be to let go of the
-    bowl; and where the loop has come down to another part of the rim, the bowl is to be taken there.
+    The expert knows its own grasp and its own way only. A grasp that the loop made is taken over, or the label would be
+    to let go of the bowl; where the loop has come down to another part of the rim, the bowl is to be taken there; and a
+    bowl is lifted where it is and carried on as soon as nothing is in its way, not led back to where it was taken.
 
     Args:
         env: The environment, after ``reset``.
@@ -290,6 +294,23 @@ class Labeller(Expert):
 
     def _rim_preference(self, rim: np.ndarray) -> float:
         return RIM_COST_PER_M * float(np.linalg.norm(rim - self._last_position)) if self._at_bowl else 0.0
+
+    def _advance(self, position: np.ndarray, bowl: np.ndarray, plate: np.ndarray, speed: float, tilt: float) -> None:
+        before = self.phase
+        super()._advance(position, bowl, plate, speed, tilt)
+        if self.phase is not Phase.LIFT:
+            return
+        if before is Phase.CLOSE:
+            self._lift_z -= max(0.0, bowl[2] - self._rest_z)  # it may hang already
+        way_up = self._wall_height(bowl, plate) + WALL_MARGIN_M - LIFT_TOLERANCE_M
+        if bowl[2] > max(self._rest_z + CARRIED_HEIGHT_M, way_up):
+            self._enter(Phase.TRANSFER)
+
+    def _target(self, position: np.ndarray, bowl: np.ndarray, plate: np.ndarray) -> np.ndarray:
+        target = super()._target(position, bowl, plate)
+        if self.phase is Phase.LIFT:
+            target[:2] = position[:2]
+        return target
 
     def act(self, observation: dict[str, np.ndarray]) -> np.ndarray:
         """As :meth:`Expert.act`."""
