@@ -37,6 +37,7 @@ def write_profile(path: Path, *, cameras: bool, image_size: int | None) -> None:
     profile = read_profile()
     if not cameras:
         profile["cameras"] = {}
+        del profile["max_age_s"]["camera"]
     for camera in profile["cameras"].values():
         if image_size is not None:
             camera["resize"] = [image_size, image_size]
