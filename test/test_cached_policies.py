@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -297,7 +298,7 @@ def train_arguments(root, policy, out, *options):
     return [*common, "--holdout", "0.4", "--draws", "2", "--no-bfloat16", *options]
 
 
-def test_a_cache_of_an_older_version_serves_its_flow_policy(copied_root, data, flow_folder, tmp_path):
+def test_a_cache_of_an_older_version_serves_its_flow_policy(copied_root, data, flow_folder, tmp_path, capsys):
     cache_chunks_module.main(["--data", str(copied_root), "--policy", str(flow_folder), "--views", "1"])
     policy_id = load_network(flow_folder).config.policy_id
     folder = copied_root / "chunks" / policy_id
@@ -307,16 +308,16 @@ def test_a_cache_of_an_older_version_serves_its_flow_policy(copied_root, data, f
     (folder / "cache.json").write_text(json.dumps(old))
     assert load_chunks(folder, data)[0].shape == (1, len(data), HORIZON, 7)
     assert load_base(copied_root, data, policy_id).language == {}
-    train_head_module.main(train_arguments(copied_root, flow_folder, tmp_path / "a"))
+    assert train_head_module.main(train_arguments(copied_root, flow_folder, tmp_path / "a")) == 0
     record = json.loads((tmp_path / "a" / "training.json").read_text())
     assert "the base policy's" in record["departures_from_the_paper"][0]
     head = load_head(tmp_path / "a" / "head.safetensors")
     assert not head.latent_mean.any() and (head.latent_std == 1.0).all(), "the flow policy normalises its latent"
-    with pytest.raises(ConfigError, match="older version.*'horizon'"):
-        train_head_module.main(train_arguments(copied_root, policy_id, tmp_path / "b"))
+    assert train_head_module.main(train_arguments(copied_root, policy_id, tmp_path / "b")) == 2
+    assert re.search("older version.*'horizon'", capsys.readouterr().err)
     cache_chunks_module.main(["--data", str(copied_root), "--policy", str(flow_folder), "--views", "1"])
     assert (folder / "view0_0000000.npz").read_bytes() == block
-    train_head_module.main(train_arguments(copied_root, policy_id, tmp_path / "b", "--architecture", "mlp"))
+    assert train_head_module.main(train_arguments(copied_root, policy_id, tmp_path / "b", "--architecture", "mlp")) == 0
     assert load_head(tmp_path / "b" / "head.safetensors").config.policy_id == policy_id
 
 
@@ -328,7 +329,7 @@ def test_a_head_from_a_cache_runs_with_the_policys_own_output(
     root, data, cached, policies, tmp_path, family, architecture
 ):
     policy, folder = policies[family], cached[family]
-    train_head_module.main(train_arguments(root, folder.name, tmp_path, "--architecture", architecture))
+    assert train_head_module.main(train_arguments(root, folder.name, tmp_path, "--architecture", architecture)) == 0
     head = load_head(tmp_path / "head.safetensors")
     config = head.config
     assert (config.policy_id, config.horizon, config.step_ns) == (policy.policy_id, HORIZON, 50_000_000)
@@ -367,7 +368,7 @@ def test_a_head_from_a_cache_runs_with_the_policys_own_output(
 
 def test_statistics_are_those_of_a_flow_policy(root, data, cached, flow_folder, tmp_path):
     """One rule for both: a network normalised on the same frames."""
-    train_head_module.main(train_arguments(root, cached["act"].name, tmp_path))
+    assert train_head_module.main(train_arguments(root, cached["act"].name, tmp_path)) == 0
     head, network = load_head(tmp_path / "head.safetensors"), load_network(flow_folder)
     normalise(network, data, data.split(0.4)[0], language_table(data))
     for name in ("state_mean", "state_std", "language_mean", "language_std"):
@@ -437,13 +438,14 @@ def test_the_shipped_head_loads_and_equals_its_graph():
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_unusable_caches_are_refused(copied_root, cached, tmp_path):
+def test_unusable_caches_are_refused(copied_root, cached, tmp_path, capsys):
     name = cached["act"].name
     folder = copied_root / "chunks" / name
 
     def refused(match, policy=name):
-        with pytest.raises(ConfigError, match=match):
-            train_head_module.main(train_arguments(copied_root, policy, tmp_path / "out", "--architecture", "mlp"))
+        arguments = train_arguments(copied_root, policy, tmp_path / "out", "--architecture", "mlp")
+        assert train_head_module.main(arguments) == 2
+        assert re.search(match, capsys.readouterr().err)
 
     refused(f"'act-0'.*cached are .*'{name}'", "act-0")
     told = (folder / "cache.json").read_text()
