@@ -58,7 +58,7 @@ def robot(request):
 def run(robot, seed):
     """A run in which everything happens: what a recorder gets of it."""
     rng = np.random.default_rng(seed)
-    config = ControllerConfig(rearm_after_s=0.1, takeover_timeout_s=0.2)
+    config = ControllerConfig(rearm_after_s=0.1, takeover_timeout_s=0.2, emergency_stop_timeout_s=0.3)
     configurations = {1: (config, Head(0.1))}
     revision = 1
     loop = CorrectionLoop(config, robot, configurations[1][1], monotonic_ns=Clock(rng))
@@ -87,15 +87,16 @@ def run(robot, seed):
             command, stamp_ns = rng.normal(size=3), t_tick_ns - int(rng.integers(0, 30_000_000))
             people.append((stamp_ns, command))
             loop.take_over(command, stamp_ns, t_tick_ns)
+        if n not in range(380, 400):  # so long without a signal stops the robot
+            loop.emergency_stop(n in range(420, 460), t_tick_ns)
         if n == 250:
             revision = 2
             config = dataclasses.replace(config, residual_limit=0.3, correction__on_failure="hold")
             configurations[2] = (config, Head(0.2))
             loop.configure(*configurations[2])
-        if n in (300, 420):
-            loop.disable() if n == 300 else loop.emergency_stop(True, t_tick_ns)
-        if n in (330, 460):
-            loop.emergency_stop(False, t_tick_ns)
+        if n == 300:
+            loop.disable()
+        if n in (330, 402, 460):
             loop.enable()
         if n == 500:
             loop.fault("a defect")
@@ -121,7 +122,8 @@ def test_every_command_is_the_same_bit_for_bit(robot, seed):
     results = list(replay(steps, configurations, robot, chunks, samples, people))
     assert not [(r.recorded.tick, r.recorded.state, r.recorded.reason, r.lacks) for r in results if not r.same]
     assert {step.state for step in steps} == set(State)
-    assert {Reason.HEAD_LATE, Reason.TAKEOVER_ENDED, Reason.OBSERVATION_STALE} <= {step.reason for step in steps}
+    reasons = {Reason.HEAD_LATE, Reason.TAKEOVER_ENDED, Reason.OBSERVATION_STALE, Reason.EMERGENCY_STOP_LOST}
+    assert reasons <= {step.reason for step in steps}
     for result, command in zip(results, commands, strict=True):
         np.testing.assert_array_equal(result.step.command, command)
 

@@ -30,7 +30,6 @@ class RecordedStep:
     detail: str
     t_obs_ns: int  # stamp of the chunk's observation, 0 if there is no chunk
     slot: int
-    base_action: np.ndarray  # (A,) float32
     command: np.ndarray | None  # (A,) float32
     ages_ns: Mapping[str, int]  # of the streams that had delivered
     takeover_age_ns: int | None
@@ -177,9 +176,11 @@ def _provide(
 def _follow_people(loop: CorrectionLoop, recorded: RecordedStep) -> None:
     """Enable, disable, stop as it happened."""
     if recorded.state not in LATCHED:
+        loop.emergency_stop(False, recorded.t_tick_ns)  # where its signal is required, it was heard
         if loop.latched:
-            loop.emergency_stop(False, recorded.t_tick_ns)
             loop.enable()
+    elif recorded.reason == Reason.EMERGENCY_STOP_LOST:
+        loop.emergency_stop(False, 0)
     elif recorded.reason == Reason.EMERGENCY_STOP:
         loop.emergency_stop(True, recorded.t_tick_ns)
     elif recorded.reason == Reason.DISABLED:

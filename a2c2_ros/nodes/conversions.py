@@ -304,7 +304,6 @@ def message_to_recorded(message: ControlStepMsg) -> RecordedStep:
         detail=message.detail,
         t_obs_ns=to_ns(message.chunk_stamp),
         slot=message.slot,
-        base_action=np.array(message.base_action, np.float32),
         command=np.array(message.command, np.float32) if len(message.command) else None,
         ages_ns={name: round(age * 1e9) for name, age in ages if np.isfinite(age)},
         takeover_age_ns=round(message.takeover_age_s * 1e9) if np.isfinite(message.takeover_age_s) else None,
