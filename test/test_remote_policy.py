@@ -5,7 +5,6 @@ import dataclasses
 import fcntl
 import heapq
 import os
-import pickle
 import random
 import select
 import signal
@@ -36,6 +35,7 @@ INSTRUCTION = "put the bowl on the plate"
 ACTION_NAMES = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 LIBERO = {"image_size": SIZE, "state_dim": 8, "action_names": ACTION_NAMES}
 LATENT = {"latent": "z", "language": "l"}
+PICKLE = b"cposix\nsystem\n(S'true'\ntR."  # what runs a command where it is unpickled
 NOMINAL = (1.0, 0.0, 0.0, 0.0)
 
 
@@ -165,7 +165,7 @@ def wire_array(**changes):
         wire_array(data="text"),
         wire_array(data=None),
         wire_array(dtype="|O"),
-        wire_array(dtype="O", data=pickle.dumps(np.zeros(2))),
+        wire_array(dtype="O", data=PICKLE),
         wire_array(dtype="<f4,<f4"),
         wire_array(dtype="(6,)<f4"),
         wire_array(dtype="<U6"),
@@ -196,7 +196,7 @@ def wire_array(**changes):
         b"",
         to_wire({"a": 1}) + b"\0",
         to_wire({"a": np.zeros(9)})[:-5],
-        pickle.dumps({"a": 1}),
+        PICKLE,
         os.urandom(64) + b"\xc1",
         "text",
     ],
