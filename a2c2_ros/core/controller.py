@@ -73,6 +73,7 @@ class CorrectionLoop:
         self._bad_ns: int | None = None  # last tick at which an observation or the clock was bad
         self._head_rests_until_ns = 0
         self._max_ages_ns = {name: spec.max_age_ns for name, spec in robot.streams.items()}
+        self._measured_ages_ns = {name: self._max_ages_ns[name] for name in robot.measured_streams}
         self.ticks = 0
         self.counts: Counter[State] = Counter()
         self.reasons: Counter[Reason] = Counter()
@@ -245,9 +246,9 @@ class CorrectionLoop:
             (n, A) float32, the base actions of the slots that follow, within the limits from the step's command on; n
             is 0 unless the step executed a slot.
         """
-        chunk, _ = self._first_slot
         if step.state not in (State.RUNNING, State.BASE_ONLY):
             return np.zeros((0, len(self._robot.action_names)), np.float32)
+        chunk, _ = self._first_slot
         return self._governor.foresee(chunk.actions[step.slot + 1 :])
 
     def _decide(
@@ -266,11 +267,11 @@ class CorrectionLoop:
         if person is None and self._governor.silent and not self._buffer:
             step.verdict = Verdict(State.WAITING, Reason.NO_CHUNK)
             return None, LimitFlag.NONE
-        held = self._observed(t_tick_ns, ages, problem)
+        held = self._observed(t_tick_ns, ages, problem)  # in every tick: it remembers when data was bad
         if person is not None:
             held = self._driven(step, t_tick_ns, ages, problem)
         elif held is None:
-            held = self._select(step, t_tick_ns)
+            held = self._select(step, t_tick_ns, self._observed_from_ns)
         measured = self._measured(observation, ages)
         if held is None and self._governor.starting:
             outside = self._governor.outside(measured)
@@ -314,7 +315,6 @@ class CorrectionLoop:
 
         A person sees the robot, so a camera may be stale; where a position starts from must be known.
         """
-        self._observed_from_ns = 0
         self._select(step, t_tick_ns)
         self._observed_from_ns = t_tick_ns
         if problem is not None:
@@ -335,9 +335,9 @@ class CorrectionLoop:
             return Verdict(State.HOLDING, Reason.CHUNK_EXPIRED, "when the head was done")
         return None
 
-    def _select(self, step: "_Decision", t_tick_ns: int) -> Verdict | None:
+    def _select(self, step: "_Decision", t_tick_ns: int, observed_from_ns: int = 0) -> Verdict | None:
         """Pick the slot; why it may not be executed, or None."""
-        selected = self._buffer.select(t_tick_ns, self._observed_from_ns)
+        selected = self._buffer.select(t_tick_ns, observed_from_ns)
         if selected is None:
             if self._buffer.select(t_tick_ns) is not None:
                 return Verdict(State.HOLDING, Reason.TAKEOVER_ENDED)
@@ -362,8 +362,7 @@ class CorrectionLoop:
         return self._robot.measured_of(observation.values)
 
     def _stale_measurement(self, ages: dict[str, int]) -> tuple[Reason, str] | None:
-        needed = {name: self._max_ages_ns[name] for name in self._robot.measured_streams}
-        return stale_stream(ages, needed, self._config.future_tolerance_ns)
+        return stale_stream(ages, self._measured_ages_ns, self._config.future_tolerance_ns)
 
     def _correct(self, step: "_Decision", t_tick_ns: int, observation: Observation) -> Verdict:
         """Add the head's residual to the action."""
