@@ -22,7 +22,7 @@ from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.evaluation.methods import METHODS
 from a2c2_ros.evaluation.statistics import Outcomes, wilson_interval
-from a2c2_ros.heads.onnx_head import read_graph, read_manifest
+from a2c2_ros.heads.onnx_head import read_hashed, read_manifest
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.lerobot_files import LeRobotMapping, checkpoint_id, chunk_size, is_checkpoint
 from a2c2_ros.sim import conventions
@@ -196,8 +196,9 @@ def head_facts(path: str) -> dict[str, str]:
 
 @functools.cache
 def _head_facts(file: Path, _mtime_ns: int) -> dict[str, str]:
-    manifest = read_manifest(read_graph(file), file)
-    return {"policy_id": manifest.policy_id, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    graph, sha256 = read_hashed(file)
+    manifest = read_manifest(graph, file)
+    return {"policy_id": manifest.policy_id, "sha256": sha256}
 
 
 class EpisodeStore:

@@ -50,7 +50,12 @@ def input_shapes(manifest: HeadManifest) -> dict[str, tuple[tuple[int, ...], typ
 
 
 def read_graph(path: str | Path) -> onnx.ModelProto:
-    """Read an ONNX file.
+    """Read an ONNX file; raises as :func:`read_hashed`."""
+    return read_hashed(path)[0]
+
+
+def read_hashed(path: str | Path) -> tuple[onnx.ModelProto, str]:
+    """Read an ONNX file: the graph and the SHA-256 of the very bytes that it was made of.
 
     Raises:
         ConfigError: If the file is missing.
@@ -59,7 +64,8 @@ def read_graph(path: str | Path) -> onnx.ModelProto:
     if not Path(path).is_file():
         raise ConfigError(f"head {path} is not a file")
     try:
-        return onnx.load(path, format="protobuf", load_external_data=False)
+        data = Path(path).read_bytes()
+        return onnx.load_from_string(data, format="protobuf"), hashlib.sha256(data).hexdigest()
     except (DecodeError, OSError) as error:
         raise ManifestError(f"{path} cannot be loaded as an ONNX graph: {error}") from error
 
@@ -136,8 +142,7 @@ class OnnxHead:
                 raise ConfigError(f"{name} is {value}, allowed is 1 or more")
         self.path = Path(path)
         self._providers = list(providers)
-        model = read_graph(path)
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()  # of the file
+        model, self.sha256 = read_hashed(path)
         self.manifest = read_manifest(model, path)
         self._inputs = input_shapes(self.manifest)
         self._check_graph(model)

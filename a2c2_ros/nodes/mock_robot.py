@@ -7,12 +7,13 @@ import cv2
 import numpy as np
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import Float64MultiArray, String
+from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
-from a2c2_ros.core.config import FUTURE_TOLERANCE_S, Parameters, parameter
+from a2c2_ros.core.config import FUTURE_TOLERANCE_S, ControllerConfig, Parameters, parameter
 from a2c2_ros.core.errors import A2C2Error, ConfigError, ObservationError
 from a2c2_ros.drivers.profile import CommandSpec, GripperSpec, load_profile
+from a2c2_ros.drivers.sinks import MESSAGES
 from a2c2_ros.msg import EpisodeStatus
 from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state, array_to_pose, to_ns, to_time
 from a2c2_ros.nodes.realtime import LatestWorker
@@ -27,15 +28,6 @@ from a2c2_ros.nodes.runtime import (
 )
 from a2c2_ros.sim.arms import Arm, Cameras, arm_of
 from a2c2_ros.sim.reach import INSTRUCTIONS, MAX_STEPS, Pushes, ReachTask
-
-MESSAGES = {
-    "joint_state": JointState,
-    "joint_trajectory": JointTrajectory,
-    "float64_multi_array": Float64MultiArray,
-    "twist_stamped": TwistStamped,
-}
-CONTROL_RATE_HZ = 20.0
-"""Of a profile that says none: only the reaching task's steps are counted by it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +101,7 @@ class MockRobot(PlainNode):
         if config.episodes:
             self._instruction = self.create_publisher(String, "instruction", latched_qos(1))
             self._episode = self.create_publisher(EpisodeStatus, "episode", latched_qos(10))
-            period_s = 1.0 / (profile.control_rate_hz or CONTROL_RATE_HZ)
+            period_s = 1.0 / (profile.control_rate_hz or ControllerConfig().control_rate_hz)
             self._steps = self.create_timer(period_s, self._on_step, clock=self.system_clock)
             self._announce(0)
         self.get_logger().info(f"{name} with the topics of {profile.robot.name}: {profile.command.kind} commands")
@@ -155,7 +147,7 @@ class MockRobot(PlainNode):
             self._log.fine(spec.topic)
             self._commanded = True
 
-        self.create_subscription(MESSAGES[spec.kind], spec.topic, take, reliable_qos(1))
+        self.create_subscription(MESSAGES[spec.kind].message_type, spec.topic, take, reliable_qos(1))
 
     def _check_age(self, age_s: float) -> None:
         limit_s = self._settings.value.command_max_age_s

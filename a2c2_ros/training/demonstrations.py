@@ -15,11 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.core.robot import Robot
 from a2c2_ros.core.state import state_vector
 from a2c2_ros.drivers.profile import STATE_NAMES
 from a2c2_ros.jobs import run_jobs
 from a2c2_ros.sim import conventions
 from a2c2_ros.sim.disturbance import Pushes
+from a2c2_ros.training.dataset import IMAGE_PREFIX
 
 BLOCK = 20
 """Episodes per process: the start of a simulator is paid once per block, and unfinished data stays balanced."""
@@ -152,6 +154,21 @@ def run_block(out: Path, task: int, first: int, last: int, seed: int) -> None:
             with partial.open("wb") as file:
                 np.savez(file, attempts=attempt + 1, instruction=env.instruction, **frames)
             partial.replace(path)
+
+
+def features_of(robot: Robot) -> dict[str, dict[str, object]]:
+    """Features of a data set of this robot: cameras, state, label and what was executed."""
+    images = {
+        f"{IMAGE_PREFIX}{name}": {
+            "dtype": "video",
+            "shape": robot.streams[name].shape,
+            "names": ["height", "width", "channels"],
+        }
+        for name in robot.cameras
+    }
+    state = {"dtype": "float32", "shape": (len(robot.state_names),), "names": list(robot.state_names)}
+    action = {"dtype": "float32", "shape": (len(robot.action_names),), "names": list(robot.action_names)}
+    return images | {"observation.state": state, "action": action, "action.executed": dict(action)}
 
 
 def assemble(

@@ -62,7 +62,7 @@ from a2c2_ros.policies.language import LANGUAGE_DIM, InstructionEncoder
 from a2c2_ros.recording.reader import DamageReport, Message, read_bag, read_types
 from a2c2_ros.recording.topics import absolute
 from a2c2_ros.training.dataset import IMAGE_PREFIX
-from a2c2_ros.training.demonstrations import assemble
+from a2c2_ros.training.demonstrations import assemble, features_of
 from a2c2_ros.training.joining import save_executed, save_language
 
 LABELS = ("auto", "executed", "takeover", "expert")
@@ -553,21 +553,6 @@ def convert(recording: Recording, wanted: str, save: Callable[[Part], None]) -> 
         part.add(frame, step.tick)
     finish()
     return result
-
-
-def features_of(robot: Robot) -> dict[str, dict[str, object]]:
-    """Features of a data set of this robot, as of ``training.demonstrations``."""
-    images = {
-        f"{IMAGE_PREFIX}{name}": {
-            "dtype": "video",
-            "shape": robot.streams[name].shape,
-            "names": ["height", "width", "channels"],
-        }
-        for name in robot.cameras
-    }
-    state = {"dtype": "float32", "shape": (len(robot.state_names),), "names": list(robot.state_names)}
-    action = {"dtype": "float32", "shape": (len(robot.action_names),), "names": list(robot.action_names)}
-    return images | {"observation.state": state, "action": action, "action.executed": dict(action)}
 
 
 def check_same(recordings: Sequence[Recording]) -> int:

@@ -4,7 +4,6 @@ A YAML file says what. What is there already is kept, and every step continues a
 """
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -45,18 +44,6 @@ def options(values: Mapping[str, Any]) -> tuple[str, ...]:
         if value is not True:
             found += map(str, value if isinstance(value, list) else [value])
     return tuple(found)
-
-
-def check_settings(path: Path, settings: Mapping[str, object]) -> None:
-    """Refuse to continue a run of other settings.
-
-    Raises:
-        ConfigError: Naming what differs.
-    """
-    theirs = json.loads(path.read_text()) if path.exists() else settings
-    if wrong := [f"{k}: there {theirs.get(k)!r}, here {v!r}" for k, v in settings.items() if theirs.get(k) != v]:
-        raise ConfigError(f"{path.parent} holds episodes of other settings ({'; '.join(wrong)}); choose another --out")
-    path.write_text(json.dumps(settings))
 
 
 def load_plan(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from a2c2_ros.sim import conventions
 from a2c2_ros.sim.expert import Labeller, Phase
 from a2c2_ros.training.demonstrations import BLOCK, FEATURES, assemble, part_path
 from a2c2_ros.training.joining import save_executed
-from a2c2_ros.training.libero import check_settings
+from a2c2_ros.training.record import check_settings
 
 SEED_STREAM = 1_000_003
 """Keeps the seeds of the placements apart from those of the demonstrations."""

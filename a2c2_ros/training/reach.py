@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from a2c2_ros import provenance
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import A2C2Error, ConfigError
-from a2c2_ros.drivers.profile import STATE_NAMES, Profile, load_profile
+from a2c2_ros.drivers.profile import Profile, load_profile
 from a2c2_ros.evaluation.rollout import run_episode
 from a2c2_ros.evaluation.statistics import difference, wilson_interval
 from a2c2_ros.heads.base import manifest_of
@@ -33,6 +34,7 @@ from a2c2_ros.sim.arms import Arm, arm_of
 from a2c2_ros.sim.reach import INSTRUCTIONS, MAX_STEPS, TARGETS, ReachEnv, expert_action
 from a2c2_ros.training.cache_chunks import cache_chunks
 from a2c2_ros.training.dataset import load_demonstrations
+from a2c2_ros.training.demonstrations import assemble, features_of
 from a2c2_ros.training.joining import load_base
 from a2c2_ros.training.loop import LoopConfig
 from a2c2_ros.training.train_head import make_head, train_head
@@ -112,29 +114,19 @@ def record(root: Path, robots: Sequence[str], episodes: int, seed: int) -> None:
         seed: Of starts, latencies and pushes.
     """
     import datasets
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     datasets.disable_progress_bars()  # one per episode would hide ours
     profiles = [load_profile(robot) for robot in robots]
-    names = list(profiles[0].robot.action_names)
-    features = {
-        "observation.state": {"dtype": "float32", "shape": (len(STATE_NAMES),), "names": list(STATE_NAMES)},
-        "action": {"dtype": "float32", "shape": (len(names),), "names": names},
-        "action.executed": {"dtype": "float32", "shape": (len(names),), "names": names},
-    }
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    rate_hz = profiles[0].control_rate_hz
-    dataset = LeRobotDataset.create(f"a2c2_ros/{root.name}", fps=round(rate_hz), features=features, root=partial)
     jobs = [(p, t, n) for n in range(episodes) for t in range(len(INSTRUCTIONS)) for p in range(len(profiles))]
-    for robot, target, number in tqdm(jobs, unit="episode", desc="demonstrations"):
-        episode_seed = int(np.random.SeedSequence((seed, robot, target, number)).generate_state(1)[0])
-        rows = demonstrate(profiles[robot], target, episode_seed)
-        for i in range(STEPS):
-            dataset.add_frame({name: row[i] for name, row in rows.items()} | {"task": INSTRUCTIONS[target]})
-        dataset.save_episode()
-    dataset.finalize()
-    partial.rename(root)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = []
+        for robot, target, number in tqdm(jobs, unit="episode", desc="demonstrations"):
+            episode_seed = int(np.random.SeedSequence((seed, robot, target, number)).generate_state(1)[0])
+            rows = demonstrate(profiles[robot], target, episode_seed)
+            parts.append(Path(folder) / f"part{len(parts):06d}.npz")
+            np.savez(parts[-1], instruction=INSTRUCTIONS[target], **rows)
+        features = {name: feature for name, feature in features_of(profiles[0].robot).items() if name in rows}
+        assemble(root, parts, features, round(profiles[0].control_rate_hz), "reach")
 
 
 def train_all(data_root: Path, work: Path, steps: int, seed: int) -> None:
