@@ -60,11 +60,17 @@ HELD_DISTANCE_M = 0.09
 """Between the gripper's centre and the origin of a bowl that it holds by the rim: about 0.06 m."""
 AT_BOWL_M, AT_BOWL_HEIGHT_M = 0.09, 0.02
 """A gripper this near to the bowl's axis, and not further above its rim, has come down to where it will take it."""
-RIM_COST_PER_M = 30.0
+BETWEEN_M = 0.03
+"""A gripper whose centre is this near to the rim, seen from above, has it between its open fingers."""
+OPEN_M, CLOSED_M = 0.06, 0.03
+"""Of the gripper: fingers further apart are open, nearer closed, also around a rim."""
+RIM_COST_PER_M, RIM_COST_PER_RAD = 300.0, 6.0
 FALLEN_M = 0.05
 """A bowl this far below the plate fell off the table."""
-CARRIED_HEIGHT_M = 0.03
-"""A bowl that is this much above where it stood may be carried on, if no wall is in its way."""
+OVER_PLATE_M = 0.015
+"""A bowl whose axis is this near to the plate's may be set down."""
+CARRIED_M = 0.03
+"""A bowl that is held and this far from where it stood may be carried on, if no wall is in its way."""
 MIN_UPRIGHT = 0.5
 """Cosine of the bowl's tilt below which the expert cannot take it by the rim any more."""
 
@@ -259,22 +265,24 @@ class Expert:
                 + 20.0 * max(0.0, reach - REACH_M)
                 + 0.3 * abs(yaw)
                 + 0.5 * reach
-                + self._rim_preference(rim)
+                + self._rim_preference(rim, yaw)
             )
         best = int(np.argmin(costs))
         self._rim_angle, self._yaw = float(angles[best]), float(yaws[best])
 
-    def _rim_preference(self, rim: np.ndarray) -> float:
-        """Further cost of a point (3,) [m] of the rim."""
+    def _rim_preference(self, rim: np.ndarray, yaw: float) -> float:
+        """Further cost of a point (3,) [m] of the rim, and the hand's yaw [rad] there."""
         return 0.0
 
 
 class Labeller(Expert):
     """The expert beside a loop that acts by itself.
 
-    The expert knows its own grasp and its own way only. A grasp that the loop made is taken over, or the label would be
-    to let go of the bowl; where the loop has come down to another part of the rim, the bowl is to be taken there; and a
-    bowl is lifted where it is and carried on as soon as nothing is in its way, not led back to where it was taken.
+    The expert's phase follows its own acts. A label has to follow what can be seen, or equal pictures get contrary
+    labels. So a grasp that the loop made is taken over, or the label would be to let go of the bowl. Where the loop has
+    come down to the rim, the bowl is to be taken there, whatever point the expert would have come down at, and without
+    going up again to hover first. The bowl is lifted when the fingers have closed and left alone when they have opened,
+    not after so many steps; and it is carried on as soon as nothing is in its way, not led back to where it was taken.
 
     Args:
         env: The environment, after ``reset``.
@@ -282,8 +290,10 @@ class Labeller(Expert):
 
     def __init__(self, env: LiberoEnv):
         self._at_bowl = False
+        self._opening_m = OPEN_M
+        self._hand_yaw = 0.0
         super().__init__(env)
-        self._rest_z = float(env.object_pose(c.TARGET_BOWL)[2])
+        self._rest = env.object_pose(c.TARGET_BOWL)[:3].copy()
 
     @property
     def lost(self) -> bool:
@@ -292,34 +302,69 @@ class Labeller(Expert):
         x, y = bowl[3:5]
         return bool(bowl[2] < plate[2] - FALLEN_M or 1.0 - 2.0 * (x * x + y * y) < MIN_UPRIGHT)
 
-    def _rim_preference(self, rim: np.ndarray) -> float:
-        return RIM_COST_PER_M * float(np.linalg.norm(rim - self._last_position)) if self._at_bowl else 0.0
+    def _rim_preference(self, rim: np.ndarray, yaw: float) -> float:
+        if not self._at_bowl:
+            return 0.0
+        turn = (yaw - self._hand_yaw + np.pi / 2) % np.pi - np.pi / 2  # either way round
+        return RIM_COST_PER_M * float(np.linalg.norm(rim - self._last_position)) + RIM_COST_PER_RAD * abs(turn)
 
     def _advance(self, position: np.ndarray, bowl: np.ndarray, plate: np.ndarray, speed: float, tilt: float) -> None:
         before = self.phase
+        if before in (Phase.APPROACH, Phase.DESCEND) and self._at_bowl:
+            self._choose_rim()
+            if before is Phase.APPROACH and self._rim_between_fingers(position, bowl):
+                self._enter(Phase.DESCEND)
+        elif before is Phase.DESCEND:
+            self._choose_rim()
+            self._enter(Phase.APPROACH)
+        elif before is Phase.CLOSE and self._opening_m > CLOSED_M:
+            self._steps = min(self._steps, CLOSE_STEPS - 1)
+            if not self._rim_between_fingers(position, bowl):
+                self._enter(Phase.APPROACH)
+        elif before is Phase.TRANSFER and self._over_plate(bowl, plate):
+            self._enter(Phase.LOWER)
+        elif before is Phase.OPEN and self._opening_m < OPEN_M:
+            self._steps = min(self._steps, OPEN_STEPS - 1)
         super()._advance(position, bowl, plate, speed, tilt)
         if self.phase is not Phase.LIFT:
             return
         if before is Phase.CLOSE:
-            self._lift_z -= max(0.0, bowl[2] - self._rest_z)  # it may hang already
-        way_up = self._wall_height(bowl, plate) + WALL_MARGIN_M - LIFT_TOLERANCE_M
-        if bowl[2] > max(self._rest_z + CARRIED_HEIGHT_M, way_up):
+            self._lift_z -= max(0.0, bowl[2] - self._rest[2])  # it may hang already
+        moved = float(np.linalg.norm(bowl[:3] - self._rest)) > CARRIED_M
+        if moved and bowl[2] > self._wall_height(bowl, plate) + WALL_MARGIN_M - LIFT_TOLERANCE_M:
             self._enter(Phase.TRANSFER)
 
+    def _over_plate(self, bowl: np.ndarray, plate: np.ndarray) -> bool:
+        near = float(np.linalg.norm(bowl[:2] - plate[:2])) < OVER_PLATE_M
+        return near and bowl[2] - plate[2] < HOVER_HEIGHT_M + LIFT_TOLERANCE_M
+
+    def _rim_between_fingers(self, position: np.ndarray, bowl: np.ndarray) -> bool:
+        return float(np.linalg.norm(position[:2] - self._grip_point(bowl)[:2])) < BETWEEN_M
+
     def _target(self, position: np.ndarray, bowl: np.ndarray, plate: np.ndarray) -> np.ndarray:
+        if self.phase is Phase.CLOSE and self._opening_m > CLOSED_M:
+            return position
         target = super()._target(position, bowl, plate)
         if self.phase is Phase.LIFT:
             target[:2] = position[:2]
+        if self.phase is Phase.TRANSFER:
+            # The expert comes from above. What hangs lower already need not go up but over a wall.
+            needed = max(CARRY_OFFSET_M, self._wall_height(bowl, plate) + WALL_MARGIN_M - bowl[2])
+            target[2] = min(target[2], position[2] + needed)
         return target
 
     def act(self, observation: dict[str, np.ndarray]) -> np.ndarray:
-        """As :meth:`Expert.act`."""
+        """As :meth:`Expert.act`; ``joint_position`` is read, too."""
         position, orientation = observation["ee_pose"][:3], observation["ee_pose"][3:]
+        self._opening_m = float(np.abs(observation["joint_position"][-2:]).sum())
         bowl = self._env.object_pose(c.TARGET_BOWL)
-        lifted = bowl[2] > self._rest_z + HELD_HEIGHT_M
-        held = lifted and float(np.linalg.norm(bowl[:3] - position)) < HELD_DISTANCE_M
+        self._hand_yaw = float(2.0 * np.arctan2(orientation[1], orientation[0]))
+        if self.phase is Phase.CLOSE:
+            self._yaw = self._hand_yaw  # it stays as the bowl is taken
+        near = float(np.linalg.norm(bowl[:3] - position)) < HELD_DISTANCE_M
+        held = near and (bowl[2] > self._rest[2] + HELD_HEIGHT_M or self._env.grasps(c.TARGET_BOWL))
         if held and self.phase in (Phase.APPROACH, Phase.DESCEND) and self._last_position is not None:
-            self._yaw = float(2.0 * np.arctan2(orientation[1], orientation[0]))  # it stays as it was taken
+            self._yaw = self._hand_yaw
             self._enter(Phase.CLOSE)
             self._steps = CLOSE_STEPS
         self._at_bowl = (
@@ -327,8 +372,6 @@ class Labeller(Expert):
             and position[2] - bowl[2] < RIM_HEIGHT_M + AT_BOWL_HEIGHT_M
             and float(np.linalg.norm(position[:2] - bowl[:2])) < AT_BOWL_M
         )
-        if self._at_bowl and self.phase is Phase.APPROACH:
-            self._choose_rim()
         return super().act(observation)
 
     def label(self, observation: dict[str, np.ndarray]) -> np.ndarray | None:

@@ -205,6 +205,11 @@ class LiberoEnv:
         body = self._data.body(self._body_id(name))
         return np.concatenate([body.xpos, np.roll(body.xquat, -1)])
 
+    def grasps(self, name: str) -> bool:
+        """Whether both fingers touch a movable object of the task; raises SimulationError if there is none."""
+        self._body_id(name)
+        return bool(self._env._check_grasp(self._env.robots[0].gripper, self._env.objects_dict[name]))
+
     def obstacle_boxes(self, exclude: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Privileged: boxes around the collision shapes of every object and fixture but one.
 
