@@ -665,3 +665,31 @@ def test_labeller_takes_the_bowl_where_the_loop_came_down(on_policy):
             chosen = labeller._grip_point(bowl)
             assert np.allclose(chosen, own) == stays
         assert np.linalg.norm(chosen[:2] - opposite[:2]) < 0.04
+
+
+def test_labels_follow_what_is_seen_not_what_was_done(on_policy):
+    """A gripper at the rim goes on down and closes, and lifts when its fingers have closed, however long that takes."""
+    from a2c2_ros.sim import conventions
+    from a2c2_ros.sim.expert import GRIP_DEPTH_M, Expert, Phase
+    from a2c2_ros.sim.libero_env import LiberoEnv
+
+    with LiberoEnv(0, render=False) as env:
+        observation = env.reset(None, 1)
+        expert, labeller = Expert(env), on_policy.Labeller(env)
+        grip = labeller._grip_point(env.object_pose(conventions.TARGET_BOWL))
+        orientation = labeller._desired_orientation()
+
+        def at(aside_m, above_m, opening_m):
+            pose = np.r_[grip + (aside_m, 0.0, above_m), orientation]
+            fingers = np.array(observation["joint_position"])
+            fingers[-2:] = opening_m / 2, -opening_m / 2
+            return observation | {"ee_pose": pose, "joint_position": fingers}
+
+        for _ in range(3):
+            label, own = labeller.act(at(0.01, GRIP_DEPTH_M, 0.08)), expert.act(at(0.01, GRIP_DEPTH_M, 0.08))
+        assert label[2] < 0.0 and label[6] == conventions.GRIPPER_OPEN
+        assert own[2] > 0.5  # the expert would hover above the rim first
+        labels = [labeller.act(at(0.0, 0.0, 0.08)) for _ in range(30)]
+        assert labeller.phase is Phase.CLOSE and labels[-1][6] == conventions.GRIPPER_CLOSE
+        assert np.abs(labels[-1][:3]).max() < 0.2
+        assert labeller.act(at(0.0, 0.0, 0.01))[2] > 0.5 and labeller.phase is Phase.LIFT

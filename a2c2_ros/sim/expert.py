@@ -60,11 +60,11 @@ HELD_DISTANCE_M = 0.09
 """Between the gripper's centre and the origin of a bowl that it holds by the rim: about 0.06 m."""
 AT_BOWL_M, AT_BOWL_HEIGHT_M = 0.09, 0.02
 """A gripper this near to the bowl's axis, and not further above its rim, has come down to where it will take it."""
-BETWEEN_M = 0.03
-"""A gripper whose centre is this near to the rim, seen from above, has it between its open fingers."""
+BETWEEN_M, BETWEEN_RAD = 0.025, 0.5
+"""A gripper whose centre is this near to the rim, seen from above, and turned so has it between its open fingers."""
 OPEN_M, CLOSED_M = 0.06, 0.03
 """Of the gripper: fingers further apart are open, nearer closed, also around a rim."""
-RIM_COST_PER_M, RIM_COST_PER_RAD = 300.0, 6.0
+RIM_COST_PER_M, RIM_COST_PER_RAD = 300.0, 12.0
 FALLEN_M = 0.05
 """A bowl this far below the plate fell off the table."""
 OVER_PLATE_M = 0.015
@@ -305,15 +305,16 @@ class Labeller(Expert):
     def _rim_preference(self, rim: np.ndarray, yaw: float) -> float:
         if not self._at_bowl:
             return 0.0
-        turn = (yaw - self._hand_yaw + np.pi / 2) % np.pi - np.pi / 2  # either way round
-        return RIM_COST_PER_M * float(np.linalg.norm(rim - self._last_position)) + RIM_COST_PER_RAD * abs(turn)
+        way = float(np.linalg.norm(rim - self._last_position))
+        return RIM_COST_PER_M * way + RIM_COST_PER_RAD * abs(self._turn_to(yaw))
 
     def _advance(self, position: np.ndarray, bowl: np.ndarray, plate: np.ndarray, speed: float, tilt: float) -> None:
         before = self.phase
         if before in (Phase.APPROACH, Phase.DESCEND) and self._at_bowl:
             self._choose_rim()
-            if before is Phase.APPROACH and self._rim_between_fingers(position, bowl):
-                self._enter(Phase.DESCEND)
+            wanted = Phase.DESCEND if self._rim_between_fingers(position, bowl) else Phase.APPROACH
+            if wanted is not before:
+                self._enter(wanted)
         elif before is Phase.DESCEND:
             self._choose_rim()
             self._enter(Phase.APPROACH)
@@ -339,7 +340,12 @@ class Labeller(Expert):
         return near and bowl[2] - plate[2] < HOVER_HEIGHT_M + LIFT_TOLERANCE_M
 
     def _rim_between_fingers(self, position: np.ndarray, bowl: np.ndarray) -> bool:
-        return float(np.linalg.norm(position[:2] - self._grip_point(bowl)[:2])) < BETWEEN_M
+        near = float(np.linalg.norm(position[:2] - self._grip_point(bowl)[:2])) < BETWEEN_M
+        return near and abs(self._turn_to(self._yaw)) < BETWEEN_RAD
+
+    def _turn_to(self, yaw: float) -> float:
+        """From the hand's yaw, either way round [rad]."""
+        return float((yaw - self._hand_yaw + np.pi / 2) % np.pi - np.pi / 2)
 
     def _target(self, position: np.ndarray, bowl: np.ndarray, plate: np.ndarray) -> np.ndarray:
         if self.phase is Phase.CLOSE and self._opening_m > CLOSED_M:
@@ -362,7 +368,8 @@ class Labeller(Expert):
         if self.phase is Phase.CLOSE:
             self._yaw = self._hand_yaw  # it stays as the bowl is taken
         near = float(np.linalg.norm(bowl[:3] - position)) < HELD_DISTANCE_M
-        held = near and (bowl[2] > self._rest[2] + HELD_HEIGHT_M or self._env.grasps(c.TARGET_BOWL))
+        grasped = self._opening_m < CLOSED_M and self._env.grasps(c.TARGET_BOWL)
+        held = near and (bowl[2] > self._rest[2] + HELD_HEIGHT_M or grasped)
         if held and self.phase in (Phase.APPROACH, Phase.DESCEND) and self._last_position is not None:
             self._yaw = self._hand_yaw
             self._enter(Phase.CLOSE)
