@@ -335,6 +335,12 @@ class Labeller(Expert):
         if moved and bowl[2] > self._wall_height(bowl, plate) + WALL_MARGIN_M - LIFT_TOLERANCE_M:
             self._enter(Phase.TRANSFER)
 
+    def _held(self, position: np.ndarray, bowl: np.ndarray) -> bool:
+        if float(np.linalg.norm(bowl[:3] - position)) >= HELD_DISTANCE_M:
+            return False
+        lifted = bowl[2] > self._rest[2] + HELD_HEIGHT_M
+        return bool(lifted or (self._opening_m < CLOSED_M and self._env.grasps(c.TARGET_BOWL)))
+
     def _over_plate(self, bowl: np.ndarray, plate: np.ndarray) -> bool:
         near = float(np.linalg.norm(bowl[:2] - plate[:2])) < OVER_PLATE_M
         return near and bowl[2] - plate[2] < HOVER_HEIGHT_M + LIFT_TOLERANCE_M
@@ -365,15 +371,12 @@ class Labeller(Expert):
         self._opening_m = float(np.abs(observation["joint_position"][-2:]).sum())
         bowl = self._env.object_pose(c.TARGET_BOWL)
         self._hand_yaw = float(2.0 * np.arctan2(orientation[1], orientation[0]))
-        if self.phase is Phase.CLOSE:
-            self._yaw = self._hand_yaw  # it stays as the bowl is taken
-        near = float(np.linalg.norm(bowl[:3] - position)) < HELD_DISTANCE_M
-        grasped = self._opening_m < CLOSED_M and self._env.grasps(c.TARGET_BOWL)
-        held = near and (bowl[2] > self._rest[2] + HELD_HEIGHT_M or grasped)
-        if held and self.phase in (Phase.APPROACH, Phase.DESCEND) and self._last_position is not None:
-            self._yaw = self._hand_yaw
+        reaching = self.phase in (Phase.APPROACH, Phase.DESCEND) and self._last_position is not None
+        if reaching and self._held(position, bowl):
             self._enter(Phase.CLOSE)
             self._steps = CLOSE_STEPS
+        if self.phase is Phase.CLOSE:
+            self._yaw = self._hand_yaw  # it stays as the bowl is taken
         self._at_bowl = (
             self._last_position is not None
             and position[2] - bowl[2] < RIM_HEIGHT_M + AT_BOWL_HEIGHT_M
