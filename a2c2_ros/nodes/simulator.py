@@ -80,6 +80,7 @@ class SimulatorNode(PlainNode):
         self._commands: dict[int, np.ndarray] = {}
         self._planner_instruction: str | None = None
         self._newest_chunk_ns = 0
+        self._last: np.ndarray | None = None  # action of the episode's last step
         self._stopping = False
         self._restart = False
         self._instruction = self.create_publisher(String, "instruction", latched_qos(1))
@@ -210,7 +211,7 @@ class SimulatorNode(PlainNode):
         config = self._settings.value
         now_ns = start_ns
         self._publish_phase(status, EpisodeStatus.STARTED, now_ns)
-        last = None
+        self._last = None
         for step in range(config.max_steps):
             limit_s = config.start_timeout_s if status.episode == 0 and step == 0 else config.lockstep_timeout_s
             self._look(observation)
@@ -218,16 +219,21 @@ class SimulatorNode(PlainNode):
             if self._interrupted():
                 return self._publish_phase(status, EpisodeStatus.ABORTED, now_ns)
             if action is None:
-                status.timeouts += 1
                 self.get_logger().warning(f"no command for step {step} within {limit_s:g} s: no motion")
-                action = self._no_motion(last)
-            last = action
-            observation, solved, over = self._step(action)
+            observation, solved, over = self._apply(action, status)
             now_ns += self._step_ns
-            status.steps = step + 1
             if over:
-                return self._publish_phase(status, EpisodeStatus.SUCCEEDED if solved else EpisodeStatus.FAILED, now_ns)
-        return self._publish_phase(status, EpisodeStatus.FAILED, now_ns)
+                break
+        return self._publish_phase(status, EpisodeStatus.SUCCEEDED if solved else EpisodeStatus.FAILED, now_ns)
+
+    def _apply(self, action: np.ndarray | None, status: EpisodeStatus) -> SimulatorStep:
+        """Step with a command, or without motion where none came, and count both."""
+        if action is None:
+            status.timeouts += 1
+            action = self._no_motion(self._last)
+        self._last = action
+        status.steps += 1
+        return self._step(action)
 
     def _ask(self, observation: Observation, now_ns: int, limit_s: float) -> np.ndarray | None:
         """Publish an observation and wait for its command; None if it did not come in time."""
@@ -243,7 +249,7 @@ class SimulatorNode(PlainNode):
             if self._interrupted() or time.monotonic() > deadline:
                 return None
 
-    def _run_real_time(self, observation: Observation, status: EpisodeStatus, _: int) -> int:
+    def _run_real_time(self, observation: Observation, status: EpisodeStatus, _start_ns: int) -> int:
         """One episode on the system clock; it starts when the first chunk is there. Returns its end [ns]."""
         config = self._settings.value
         start_ns = self.get_clock().now().nanoseconds
@@ -258,9 +264,9 @@ class SimulatorNode(PlainNode):
                 raise SimulationError(f"no action chunk within {limit_s:g} s; is chunk_planner running?")
             self._wait(lambda: self._newest_chunk_ns >= start_ns, step_s)
         self._publish_phase(status, EpisodeStatus.STARTED, self.get_clock().now().nanoseconds)
-        last = None
+        self._last = None
         next_step = time.monotonic() + step_s
-        for step in range(config.max_steps):
+        for _ in range(config.max_steps):
             self._look(observation)
             self._show(observation, self.get_clock().now().nanoseconds)
             self._wait(lambda: False, next_step - time.monotonic())
@@ -271,16 +277,11 @@ class SimulatorNode(PlainNode):
             with self._changed:
                 action = self._commands[max(self._commands)] if self._commands else None
                 self._commands.clear()
-            if action is None:
-                status.timeouts += 1
-                action = self._no_motion(last)
-            last = action
-            observation, solved, over = self._step(action)
-            status.steps = step + 1
+            observation, solved, over = self._apply(action, status)
             if over:
-                phase = EpisodeStatus.SUCCEEDED if solved else EpisodeStatus.FAILED
-                return self._publish_phase(status, phase, self.get_clock().now().nanoseconds)
-        return self._publish_phase(status, EpisodeStatus.FAILED, self.get_clock().now().nanoseconds)
+                break
+        phase = EpisodeStatus.SUCCEEDED if solved else EpisodeStatus.FAILED
+        return self._publish_phase(status, phase, self.get_clock().now().nanoseconds)
 
     def _wait(self, condition, limit_s: float) -> bool:
         """Wait until the condition holds, the node stops or the time is over; returns whether it holds."""
