@@ -153,7 +153,7 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
         "before": evaluated(1),
         "after": evaluated(3),
         "record": [{"result": "success"}, {"result": "failure"}],
-        "train": {"steps": 1, "seconds": 1, "data_sets": [], "hyper_parameters": {}},
+        "train": {"steps": 1, "seconds": 1, "data_sets": [], "hyper_parameters": {}, "history": [{"error_data0": 0.5}]},
         "swap": {"while_loading": {"missed_ticks": 0}},
     }
     ran = []
@@ -179,6 +179,7 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
     assert retrain.main(argv) == 0 and ran.count("before") == 1 and ran[-2:] == ["swap", "after"]
     result = json.loads(Path("results/retrain.json").read_text())
     assert result["difference"]["points"] == 50.0 and result["recorded"] == {"episodes": 2, "successes": 1}
+    assert result["training"]["history"] == [{"error_data0": 0.5}]  # how far the old data is forgotten
     assert not result["training"]["with_old_data"] and "alone" in capsys.readouterr().out
     assert retrain.main([*argv, "--evaluations", "5"]) == 2
     assert "evaluations: there 4, here 5" in capsys.readouterr().err

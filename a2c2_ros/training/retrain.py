@@ -338,7 +338,7 @@ def report(args: argparse.Namespace) -> None:
         "recorded": {"episodes": len(recorded), "successes": sum(e["result"] == "success" for e in recorded)},
         "conversion": {name: data[name] for name in ("frames", "seconds_recorded", "seconds", "times_real_time")}
         | {"ticks_that_differ": sum(len(bag["parity"]["differing"]) for bag in data["bags"])},
-        "training": {name: training[name] for name in ("steps", "seconds", "data_sets", "hyper_parameters")}
+        "training": {name: training[name] for name in ("steps", "seconds", "data_sets", "hyper_parameters", "history")}
         | {"with_old_data": has_data(args.old)},
         "swap": swapped,
         "machine": provenance.machine(),
