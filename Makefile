@@ -6,7 +6,7 @@ UV_COMPILE = .venv/bin/uv pip compile -q --python .venv/bin/python --no-annotate
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
-setup: ## Make .venv and build the package (GPU=1: ONNX Runtime with CUDA)
+setup: ## Make .venv and build the package (GPU=1: ONNX Runtime with CUDA; KINETIX=1: Kinetix)
 	@tools/setup.sh
 
 sim: setup ## Run LIBERO with planner and controller: make sim ARGS="task:=0 episodes:=2" (ARGS=--show-args lists them)
@@ -30,14 +30,20 @@ train: setup ## Train every policy and head of the LIBERO tables (hours; ARGS=--
 retrain: setup ## Record on LIBERO, retrain the head, swap it in, evaluate before and after (1 hour): results/retrain.json
 	@. tools/env.sh; exec python -m a2c2_ros.training.retrain $(ARGS)
 
+kinetix: export KINETIX = 1
+kinetix: setup ## Success rates on Kinetix, the (e, d) grid (hours): make kinetix ARGS="--levels DIR", docs/kinetix.md
+	@. tools/env.sh; exec python -m a2c2_ros.evaluation.kinetix $(ARGS)
+
 lint: setup ## Check the style
 	@. tools/env.sh; ruff check
 
 lock: ## Resolve requirements*.in into the lock files (UPGRADE=1: newest versions)
 	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) --excludes tools/excludes.txt requirements.in -o requirements.lock
 	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) -c requirements.lock requirements-gpu.in -o requirements-gpu.lock
+	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) -c requirements.lock --excludes tools/excludes.txt requirements-kinetix.in \
+	  -o requirements-kinetix.lock
 
 clean: ## Remove what was built; the virtual environment and runs/ stay
 	rm -rf build install log .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup sim test bench faults libero train retrain lint lock clean
+.PHONY: help setup sim test bench faults libero train retrain kinetix lint lock clean

@@ -133,6 +133,17 @@ OF_PLANNER = (
 )
 
 
+OF_POLICY = ("policy", "policy_path", "policy_config", "policy_device")
+OF_MONITOR = (
+    "episodes",
+    "seed",
+    "execution_horizon",
+    "inference_delay",
+    "inference_delay_jitter",
+    "chunking",
+    "correction",
+    "record",
+)
 OF_SIMULATOR = ("task", "episodes", "initial_state", "max_steps", "seed", "motion", "disturbance", "expert", "lockstep")
 
 
@@ -235,6 +246,58 @@ def real_robot(arguments: Mapping[str, Value]) -> System:
     return System(tuple(processes), ends="episode_monitor", out=out)
 
 
+KINETIX_SIM_DEFAULTS = {"horizon": 8, "execution_horizon": 4, "inference_delay": 4}
+"""The longest delay of the paper's grid."""
+KINETIX_RATE_HZ = 60.0
+
+KINETIX_SIM_ARGUMENTS = (
+    Argument("level", "", "Level file of Kinetix, JSON"),
+    Argument("models", "", "Folder that make kinetix made for the level; empty: runs/kinetix/<level>"),
+    Argument("episodes", 2, "Episodes to run; 0: until stopped", 0, 100_000),
+    Argument("seed", 0, "Seed of the world's noise, the policy's and the delay's jitter", 0, 2**31 - 1),
+    *(_of_planner(name, KINETIX_SIM_DEFAULTS.get(name)) for name in OF_PLANNER if name not in OF_POLICY),
+    Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
+    Argument("lockstep", True, "The simulation waits for every command; false: it runs on the clock"),
+    Argument("record", False, "Write all topics to a bag in the run folder"),
+    Argument("out", "", "Run folder; empty: runs/<date>-<time>"),
+)
+
+
+def kinetix_sim(arguments: Mapping[str, Value]) -> System:
+    """A Kinetix level, planner and controller, with a monitor that ends the run after the last episode.
+
+    Args:
+        arguments: Every argument of :data:`KINETIX_SIM_ARGUMENTS` with its value.
+
+    Raises:
+        ConfigError: If the level or what was trained for it is missing, or values do not fit each other.
+    """
+    values, out = _with_run_folder(arguments)
+    level = Path(values["level"]).resolve()
+    models = Path(values.pop("models") or Path("runs") / "kinetix" / level.stem).resolve()
+    for path in (level, models / "robot.yaml"):
+        if not path.is_file():
+            raise ConfigError(f"{path} is not a file; level is a file of Kinetix, models what make kinetix made for it")
+    lockstep = {"lockstep": values["lockstep"], "use_sim_time": values["lockstep"]}
+    shared = {"robot": str(models / "robot.yaml"), "control_rate_hz": KINETIX_RATE_HZ} | lockstep
+    policy = {"policy": "flow", "policy_path": str(models / f"flow_{level.stem}"), "policy_config": ""}
+    values |= policy | {"policy_device": "cpu", "head": str(models / f"mlp_{level.stem}" / "head.onnx")}
+    monitored = {name: values[name] for name in OF_MONITOR}
+    robot = {"robot": shared["robot"]}
+    processes = [
+        _process(
+            "kinetix_sim",
+            {"level": str(level), "episodes": values["episodes"], "seed": values["seed"]} | robot | lockstep,
+        ),
+        _process("chunk_planner", _planner(values) | shared),
+        _process("correction_controller", _correction(values) | shared),
+        _process("episode_monitor", {"out": str(out)} | monitored | robot | lockstep),
+    ]
+    if values["record"]:
+        processes.append(_process("episode_recorder", {"out": str(out), "use_sim_time": values["lockstep"]} | robot))
+    return System(tuple(processes), ends="episode_monitor", out=out)
+
+
 def _with_run_folder(arguments: Mapping[str, Value]) -> tuple[dict[str, Value], Path]:
     values = dict(arguments)
     out = values.pop("out") or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -259,6 +322,7 @@ def _process(name: str, parameters: dict[str, Value]) -> Process:
 SYSTEMS = {
     "libero_sim": (LIBERO_SIM_ARGUMENTS, libero_sim),
     "real_robot": (REAL_ROBOT_ARGUMENTS, real_robot),
+    "kinetix_sim": (KINETIX_SIM_ARGUMENTS, kinetix_sim),
 }
 
 

@@ -19,6 +19,9 @@ PACKAGES = (
     "mcap",
     "rosbags",
     "ros-kilted-rclpy",
+    "jax",
+    "jax2d",
+    "kinetix-env",
 )
 
 

@@ -9,7 +9,13 @@ import yaml
 
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.errors import ConfigError
-from a2c2_ros.launching import LIBERO_SIM_ARGUMENTS, libero_sim, parse_arguments
+from a2c2_ros.launching import (
+    KINETIX_SIM_ARGUMENTS,
+    LIBERO_SIM_ARGUMENTS,
+    kinetix_sim,
+    libero_sim,
+    parse_arguments,
+)
 from a2c2_ros.paths import share_directory
 
 ROOT = share_directory()
@@ -84,9 +90,40 @@ def sim_config():
     return SimConfig()
 
 
+def kinetix_config():
+    pytest.importorskip("a2c2_ros.msg")
+    from a2c2_ros.nodes.kinetix_sim import KinetixConfig
+
+    return KinetixConfig()
+
+
+def test_a_kinetix_level_runs_with_what_was_trained_for_it(tmp_path):
+    level, models = tmp_path / "lander.json", tmp_path / "models"
+    given = {"level": str(level), "models": str(models), "inference_delay": "3", "correction": "false"}
+    models.mkdir()
+    level.touch()
+    with pytest.raises(ConfigError, match=r"robot\.yaml is not a file"):
+        kinetix_sim(parse_arguments(KINETIX_SIM_ARGUMENTS, given))
+    (models / "robot.yaml").touch()
+    run = kinetix_sim(parse_arguments(KINETIX_SIM_ARGUMENTS, given))
+    nodes = {process.name: process.parameters for process in run.processes}
+    assert nodes["kinetix_sim"]["level"] == str(level)
+    assert {node["robot"] for node in nodes.values()} == {str(models / "robot.yaml")}
+    assert nodes["chunk_planner"]["policy_path"] == str(models / "flow_lander")
+    assert nodes["chunk_planner"]["inference_delay"] == 3 and nodes["chunk_planner"]["control_rate_hz"] == 60.0
+    assert nodes["correction_controller"]["correction.model_path"] == str(models / "mlp_lander" / "head.onnx")
+    with pytest.raises(ConfigError, match="H=8"):
+        kinetix_sim(parse_arguments(KINETIX_SIM_ARGUMENTS, given | {"execution_horizon": "7"}))
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
-    [("chunk_planner", PlannerConfig), ("correction_controller", ControllerConfig), ("libero_sim", sim_config)],
+    [
+        ("chunk_planner", PlannerConfig),
+        ("correction_controller", ControllerConfig),
+        ("libero_sim", sim_config),
+        ("kinetix_sim", kinetix_config),
+    ],
 )
 def test_parameter_files_list_every_parameter_with_its_default(name, make):
     config = make()

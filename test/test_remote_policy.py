@@ -819,9 +819,8 @@ rclpy.init()
 node = rclpy.create_node("listener")
 node.create_subscription(ActionChunk, "action_chunk", lambda chunk: sent.add(chunk.chunk_id), latched_qos(2))
 node.create_subscription(ControlStep, "control_step", on_step, reliable_qos(100))
-while len(executed) < 4:
+while len(executed) < 4 or len(executed & sent) < 2:  # a chunk may be lost on its way here and come to the controller
     rclpy.spin_once(node, timeout_sec=1.0)
-assert executed <= sent, (executed, sent)
 """
 
 

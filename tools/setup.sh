@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Makes .venv from requirements.lock and builds the package with colcon into install/; skips what is done already.
-# GPU=1 installs ONNX Runtime with CUDA. With a ROS 2 sourced, that one is used; otherwise ROS 2 Kilted comes from wheels.
+# GPU=1 installs ONNX Runtime with CUDA, KINETIX=1 the Kinetix benchmark, which then stays. With a ROS 2 sourced, that one is used; otherwise ROS 2 Kilted comes from wheels.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 prefix=$PWD/.venv
+if [ -e .venv/.kinetix ]; then KINETIX=1; fi
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -44,12 +45,13 @@ system_packages() {
   fi
 }
 
-# The pinned packages, one per line: without ROS where a ROS 2 is sourced, with the CUDA provider for GPU=1.
+# The pinned packages, one per line: without ROS where a ROS 2 is sourced, with the CUDA provider for GPU=1, and Kinetix.
 requirements() {
   local lines
   lines=$(grep -v '^#' requirements.lock)
   [ "$ros" = wheels ] || lines=$(grep -vE '^(ros-|colcon-)' <<<"$lines")
   if [ "${GPU:-0}" = 1 ]; then lines=$(grep -v '^onnxruntime==' <<<"$lines"; grep -v '^#' requirements-gpu.lock); fi
+  if [ "${KINETIX:-0}" = 1 ]; then lines=$(printf '%s\n' "$lines"; grep -v '^#' requirements-kinetix.lock); fi
   sort -u <<<"$lines"
 }
 
@@ -87,6 +89,7 @@ install_packages() {
   # The lock is complete; "sync" would remove the metadata that the ROS wheels carry under second names.
   .venv/bin/uv pip install -q --no-deps --python .venv/bin/python -r .venv/requirements.txt
   .venv/bin/python -c 'import cv2; cv2.imencode'
+  if [ "${KINETIX:-0}" = 1 ]; then touch .venv/.kinetix; fi
 }
 
 # The wheels' exported CMake files name the paths of the machine that built them.

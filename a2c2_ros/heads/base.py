@@ -209,12 +209,12 @@ class Head(nn.Module):
         """Fill what the inputs are normalised by.
 
         Args:
-            statistics: ``NAME_mean`` and ``NAME_std`` of state, language, action, latent; what this head has no buffer
-                for is left out.
+            statistics: ``NAME_mean`` and ``NAME_std`` of state, language, action, latent; what this head does not take
+                is left out.
         """
         for path, buffer in self.named_buffers():
             name = path.rpartition(".")[2]
-            if name in statistics:
+            if name in statistics and buffer.numel():
                 buffer.copy_(statistics[name])
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: object) -> None:

@@ -50,15 +50,14 @@ class Continuation:
         PolicyError: If ``delay_steps`` is negative or larger than the number of actions.
     """
 
-    actions: np.ndarray  # (n, A) float32, action units; row k is slot k of the new chunk
+    actions: np.ndarray  # (n, A) float32, action units; row k is slot k of the new chunk. (B, n, A) for a batch
     delay_steps: int  # d: that many of them are executed before the new chunk arrives
     mode: str  # "rtc": guidance while sampling (arXiv 2506.07339); "tt_rtc": given as input (arXiv 2512.05964)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.delay_steps <= len(self.actions):
-            raise PolicyError(
-                f"delay_steps is {self.delay_steps}, allowed is 0 to the {len(self.actions)} actions that are left"
-            )
+        left = self.actions.shape[-2]
+        if not 0 <= self.delay_steps <= left:
+            raise PolicyError(f"delay_steps is {self.delay_steps}, allowed is 0 to the {left} actions that are left")
 
     @classmethod
     def of(cls, request: ChunkRequest) -> "Continuation | None":

@@ -162,7 +162,7 @@ class FlowNetwork(nn.Module):
         Args:
             latent: (B, Z).
             noise: (B, H * A) standard normal; it is scaled by the temperature.
-            continuation: What all chunks of the batch go on from; None: nothing.
+            continuation: What the chunks of the batch go on from, one for all or one for each; None: nothing.
 
         Returns:
             (B, H, A) in action units.
@@ -170,9 +170,9 @@ class FlowNetwork(nn.Module):
         Raises:
             PolicyError: If the continuation is longer than what the network was trained for.
         """
-        if continuation is None or not len(continuation.actions):
+        if continuation is None or not continuation.actions.shape[-2]:
             return self.denormalise(self._integrate(latent, noise, None, 0))
-        known = torch.tensor(continuation.actions[: self.config.horizon], device=noise.device)
+        known = torch.tensor(continuation.actions[..., : self.config.horizon, :], device=noise.device)
         known = self.normalise(known).expand(len(noise), -1)
         if continuation.mode == "rtc":
             x = self._integrate(latent, noise, known, continuation.delay_steps)

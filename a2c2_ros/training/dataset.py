@@ -142,14 +142,14 @@ def load_demonstrations(root: str | Path, cameras: Sequence[str] | None = None) 
         raise ConfigError(f"{root}: features {missing} are missing; it has {sorted(source.features)}")
 
     table = source.hf_dataset.with_format("numpy")
-    episode = np.asarray(table["episode_index"], dtype=np.int64)
+    episode = np.asarray(table["episode_index"][:], dtype=np.int64)
     first = np.flatnonzero(np.r_[True, np.diff(episode) != 0])
     lengths = np.diff(np.r_[first, len(episode)])
-    task_index = np.asarray(table["task_index"], dtype=np.int64)
+    task_index = np.asarray(table["task_index"][:], dtype=np.int64)
     task_ids, task = np.unique(task_index, return_inverse=True)
     names = {int(row.task_index): str(text) for text, row in source.meta.tasks.iterrows()}
     column = {
-        key: np.stack(table[key]).astype(np.float32).reshape(len(episode), -1)
+        key: np.asarray(table[key][:], dtype=np.float32).reshape(len(episode), -1)
         for key in ("observation.state", "action", "action.executed", "observation.objects")
         if key in source.features
     }

@@ -418,6 +418,7 @@ def train_head(
     recipe: HeadRecipe | None = None,
     augmentation: Augmentation | None = None,
     init: str = "",
+    described: Sequence[str] | None = None,
 ) -> Head:
     """Train a head and write ``head.safetensors`` with its record.
 
@@ -431,6 +432,7 @@ def train_head(
         recipe: How samples are drawn.
         augmentation: Of the newest observation.
         init: SHA-256 of the file that the head was loaded from; empty if it is untrained.
+        described: Departures from the paper, for the record; None: those from its training on LIBERO.
 
     Returns:
         The head as stored.
@@ -547,7 +549,9 @@ def train_head(
             "steps": trained.steps,
             "seconds": trained.seconds,
             "history": trained.history,
-            "departures_from_the_paper": departures(head, recipe, loop, trained.steps, len(chunks.actions), bool(init)),
+            "departures_from_the_paper": departures(head, recipe, loop, trained.steps, len(chunks.actions), bool(init))
+            if described is None
+            else described,
         },
     )
     plot_losses(out / "loss.png", trained.history, f"squared error [{LOSS_UNITS[recipe.loss_unit]}]")

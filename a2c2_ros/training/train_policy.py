@@ -23,6 +23,7 @@ PREFIX_SHARE = 0.4  # of the training draws that go on from a clean prefix
 OBJECTS_WEIGHT = 0.1
 MIN_STD = 0.1  # of an action; keeps rarely used directions from being blown up by the normalisation
 VALIDATION_FRAMES = 1024
+TEMPERATURES = (0.0, 0.25, 0.5, 1.0)
 SLOT_RANGE = 10  # width of the ranges that the validation error is reported by [slots]
 
 DEPARTURES = (
@@ -74,8 +75,20 @@ def train_policy(
     out: Path,
     holdout: float = 0.05,
     augmentation: Augmentation | None = None,
+    temperatures: Sequence[float] = TEMPERATURES,
+    described: Sequence[str] = DEPARTURES,
 ) -> FlowConfig:
     """Train, choose the sampling temperature on the held-out episodes and write the policy folder.
+
+    Args:
+        data: Demonstrations.
+        config: Architecture.
+        loop: Hyper-parameters.
+        out: Policy folder.
+        holdout: Fraction of the episodes for validation.
+        augmentation: Of the observations.
+        temperatures: To choose from.
+        described: Departures from the paper, for the record.
 
     Returns:
         The written configuration.
@@ -112,7 +125,7 @@ def train_policy(
     with torch.inference_mode():
         latent = encode_all(data, model, validation, language)
         errors = {}
-        for temperature in (0.0, 0.25, 0.5, 1.0):
+        for temperature in temperatures:
             model.config = dataclasses.replace(config, temperature=temperature)
             errors[temperature] = chunk_error(data, model, latent, validation)
         best = min(errors, key=lambda value: errors[value]["error"])
@@ -135,7 +148,7 @@ def train_policy(
             "seconds": trained.seconds,
             "validation_error_by_temperature": errors,
             "history": trained.history,
-            "departures_from_the_paper": [*DEPARTURES, *([OBJECTS_DEPARTURE] if config.objects_dim else [])],
+            "departures_from_the_paper": [*described, *([OBJECTS_DEPARTURE] if config.objects_dim else [])],
         },
     )
     plot_losses(out / "loss.png", trained.history, "flow-matching loss")
