@@ -1,8 +1,10 @@
 """Where a result comes from: machine and versions, written beside every number."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 PACKAGES = (
     "numpy",
@@ -23,6 +25,11 @@ PACKAGES = (
     "jax2d",
     "kinetix-env",
 )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def machine() -> dict[str, object]:

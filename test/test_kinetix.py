@@ -53,7 +53,7 @@ def env():
 
 def push(env, batch, steps, value=1.0):
     """Step with one action; the last step, and all states."""
-    action = np.full((len(batch.states.timestep), len(env.action_names)), value, np.float32)
+    action = np.full((len(batch.timestep), len(env.action_names)), value, np.float32)
     states = []
     for step in range(steps):
         stepped = env.step(batch, action, (0, step))

@@ -7,7 +7,6 @@ command continues after a kill, and after more levels or methods are asked for.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -30,7 +29,7 @@ DELAYS = range(5)
 KINETIX_METHODS = ("naive", "rtc", "tt_rtc", "a2c2", "rtc+a2c2", "tt_rtc+a2c2")
 SMALL_LEVELS = ("h17_unicycle", "cartpole_thrust", "hard_lunar_lander", "trampoline")
 EVALUATION_SEED = 2_000_000
-EXPERT_ROLLOUTS = {"pruned": 256, "shrunk": 64, "stock": 64}
+EXPERT_ROLLOUTS = {"stock": 64, "shrunk": 64, "pruned": 256}
 """By variant of the environment."""
 
 
@@ -115,7 +114,7 @@ def evaluate(path: Path, out: Path, trained, args: argparse.Namespace, rollouts:
     from a2c2_ros.policies.language import InstructionEncoder
     from a2c2_ros.sim.kinetix_env import ACTION_NOISE, KinetixEnv
     from a2c2_ros.sim.kinetix_level import load_level
-    from a2c2_ros.training.kinetix import expert_success, level_hash
+    from a2c2_ros.training.kinetix import expert_success
 
     policy = load_network(trained.policy).to(args.device)
     head = load_head(trained.head / "head.safetensors").to(args.device)
@@ -123,14 +122,13 @@ def evaluate(path: Path, out: Path, trained, args: argparse.Namespace, rollouts:
     pairs = [(e, d) for d in DELAYS for e in admissible_execution_horizons(horizon, d)]
     settings = {
         "level": path.stem,
-        "level_sha256": level_hash(path),
+        "level_sha256": provenance.sha256_of(path),
         "budget": args.budget,
         "policy_id": policy.config.policy_id,
-        "head_sha256": hashlib.sha256((trained.head / "head.onnx").read_bytes()).hexdigest(),
+        "head_sha256": provenance.sha256_of(trained.head / "head.onnx"),
         "horizon": horizon,
         "rollouts": rollouts,
         "seed": args.seed,
-        "threads": args.workers,
         "action_noise": ACTION_NOISE,
     }
     file = args.results / f"{path.stem}.json"
@@ -163,11 +161,13 @@ def evaluate(path: Path, out: Path, trained, args: argparse.Namespace, rollouts:
                     "d": d,
                     **rate(int(solved.sum()), len(solved)),
                     "mean_steps": float(outcome.steps[e, d].mean()),
+                    "solved": "".join("01"[won] for won in solved.tolist()),
                 }
                 for (e, d), solved in outcome.solved.items()
             ],
             "seconds": {"all": time.perf_counter() - begun, **outcome.seconds},
             "counts": outcome.counts,
+            "threads": args.workers,
         }
         save(file, result)
 

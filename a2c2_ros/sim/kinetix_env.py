@@ -30,16 +30,10 @@ FEATURES = ("x", "y", "vx", "vy", "spin", "sin", "cos")
 VARIANTS = ("pruned", "shrunk", "stock")
 
 
-class Batch(NamedTuple):
-    """N environments of a level; immutable."""
-
-    states: EnvState
-
-
 class Stepped(NamedTuple):
     """What a step brought, each (N, ...)."""
 
-    batch: Batch
+    batch: EnvState  # of N environments; immutable
     state: np.ndarray  # (N, S) float32; of a new episode where one ended and restarts are asked for
     reward: np.ndarray  # (N,) float32
     ended: np.ndarray  # (N,) bool
@@ -130,16 +124,17 @@ class KinetixEnv:
             physics_engine=engine,
             auto_reset=False,
         )
-        self._start = start
+        # Of the same types as what a step returns, so that the first step and the others are one compiled program.
+        self._start = jax.tree.map(lambda values: jnp.asarray(values, values.dtype), start)
         self.max_steps = int(level.params.max_timesteps)
         self._noise = noise
 
-    def reset(self, count: int) -> tuple[Batch, np.ndarray]:
+    def reset(self, count: int) -> tuple[EnvState, np.ndarray]:
         """``count`` environments at the start of the level, and their states (N, S) float32."""
-        states = jax.tree.map(lambda values: jnp.broadcast_to(values, (count, *jnp.shape(values))), self._start)
-        return Batch(states), np.tile(np.asarray(self._stock.get_obs(self._start)), (count, 1))
+        batch = jax.tree.map(lambda values: jnp.broadcast_to(values, (count, *jnp.shape(values))), self._start)
+        return batch, np.tile(np.asarray(self._stock.get_obs(self._start)), (count, 1))
 
-    def step(self, batch: Batch, action: np.ndarray, seed: tuple[int, int], *, restart: bool = False) -> Stepped:
+    def step(self, batch: EnvState, action: np.ndarray, seed: tuple[int, int], *, restart: bool = False) -> Stepped:
         """Apply an action to every environment.
 
         Args:
@@ -150,10 +145,8 @@ class KinetixEnv:
         """
         key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
         # All that differs between environments of a level is an argument, so that JAX's compilation cache knows them.
-        states, *rest = self._step(
-            batch.states, jnp.asarray(action, jnp.float32), key, self._noise, self._params, restart
-        )
-        return Stepped(Batch(states), *(np.asarray(values) for values in rest))
+        batch, *rest = self._step(batch, jnp.asarray(action, jnp.float32), key, self._noise, self._params, restart)
+        return Stepped(batch, *(np.asarray(values) for values in rest))
 
     @partial(jax.jit, static_argnums=0)
     def _step(
@@ -172,11 +165,11 @@ class KinetixEnv:
 
         return jax.vmap(one)(states, full)
 
-    def picture(self, batch: Batch, row: int) -> np.ndarray:
+    def picture(self, batch: EnvState, row: int) -> np.ndarray:
         """(500, 500, 3) uint8 RGB of one environment."""
         from kinetix.render.renderer_pixels import make_render_pixels
 
         if not hasattr(self, "_render"):
             self._render = jax.jit(make_render_pixels(self._params, self._static))
-        image = self._render(jax.tree.map(lambda values: values[row], batch.states))
+        image = self._render(jax.tree.map(lambda values: values[row], batch))
         return np.asarray(image).round().astype(np.uint8).transpose(1, 0, 2)[::-1]

@@ -16,7 +16,6 @@ A damaged bag gives what can be saved; ``from_bag.json`` in the data set says wh
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 import json
 import shutil
@@ -196,7 +195,7 @@ class Recording:
         for config, name, sha256 in self.configurations.values():
             if name and sha256 not in loaded:
                 path = next((p for p in (Path(name), model_path_or_none(config)) if p and p.is_file()), None)
-                found = "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+                found = "" if path is None else provenance.sha256_of(path)
                 if found != sha256:
                     raise ConfigError(
                         f"{self.path}: the run's head {name} (SHA-256 {sha256[:12]}) is not at hand, found is "

@@ -5,7 +5,6 @@ from its beginning. Departures from the paper's appendix A.1 are in the records 
 """
 
 import dataclasses
-import hashlib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,11 +16,12 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from a2c2_ros import provenance
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.heads.base import load_head, manifest_of
 from a2c2_ros.heads.export import export
 from a2c2_ros.heads.samples import dataset_samples
-from a2c2_ros.policies.flow import FlowConfig, load_network
+from a2c2_ros.policies.flow import load_network
 from a2c2_ros.sim.kinetix_env import ACTION_SPACE, CONTROL_RATE_HZ, KinetixEnv
 from a2c2_ros.sim.kinetix_level import load_level
 from a2c2_ros.training.cache_chunks import cache_chunks
@@ -33,7 +33,7 @@ from a2c2_ros.training.kinetix_expert import Expert, ExpertConfig, Rollouts, loa
 from a2c2_ros.training.loop import LoopConfig
 from a2c2_ros.training.record import check_settings
 from a2c2_ros.training.train_head import HeadRecipe, make_head, train_head
-from a2c2_ros.training.train_policy import PREFIX_SHARE, train_policy
+from a2c2_ros.training.train_policy import PREFIX_SHARE, config_of, train_policy
 
 HORIZON = 8
 PROFILE_FILE = "robot.yaml"
@@ -74,20 +74,19 @@ def train_level(path: Path, out: Path, budget: Budget, seed: int = 0, device: st
     training = {name: value for name, value in dataclasses.asdict(budget).items() if name != "rollouts"}
     level = load_level(path)
     config = ExpertConfig(steps=budget.expert_steps, envs=budget.envs, seed=seed)
-    origin = {"level": path.stem, "level_sha256": level_hash(path), "expert": dataclasses.asdict(config)}
+    origin = {"level": path.stem, "level_sha256": provenance.sha256_of(path), "expert": dataclasses.asdict(config)}
     check_settings(out / "settings.json", {**origin, "seed": seed, **training})
+    env = KinetixEnv(level, distance_reward=config.distance_reward)
     experts = [out / f"expert{number}" for number in range(budget.experts)]
     for number, folder in enumerate(experts):
         if not (folder / "expert.json").exists():
-            env = KinetixEnv(level, distance_reward=config.distance_reward)
             train_expert(env, dataclasses.replace(config, seed=seed + number), folder, device)
     data_root = out / "data"
     if not data_root.exists():
-        env = KinetixEnv(level)
         actors = [load_expert(folder, env) for folder in experts]
         record(env, actors, data_root, budget.data_steps, budget.envs, DATA_SEED + seed)
     trained = _train(data_root, out, budget, seed, device, workers)
-    write_profile(KinetixEnv(level), out / PROFILE_FILE)  # last: where it is, a level can be run
+    write_profile(env, out / PROFILE_FILE)  # last: where it is, a level can be run
     return trained
 
 
@@ -176,11 +175,6 @@ def _save(path: Path, instruction: str, states: list[np.ndarray], actions: list[
     np.savez(path, **{"instruction": instruction, "observation.state": np.stack(states), "action": np.stack(actions)})
 
 
-def level_hash(path: Path) -> str:
-    """SHA-256 of a level file: other tasks have the same name."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _departures(budget: Budget, steps: int, paper_epochs: int, frames: int, subject: Sequence[str]) -> list[str]:
     """From the paper's appendix A.1, in words."""
     found = [
@@ -203,13 +197,9 @@ def _train(data_root: Path, out: Path, budget: Budget, seed: int, device: str, w
     frames = len(data.action)
     unchanged = Augmentation(state_noise=0.0)  # a simulator's state has no noise
     if not (found.policy / "training.json").exists():
-        config = FlowConfig(
-            action_names=data.action_names,
-            state_names=data.state_names,
-            cameras=(),
-            image_size=0,
-            step_ns=data.step_ns,
-            action_space=ACTION_SPACE,
+        config = config_of(
+            data,
+            ACTION_SPACE,
             horizon=HORIZON,
             width=budget.width,
             latent_dim=budget.width,

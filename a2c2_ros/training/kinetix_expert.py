@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from a2c2_ros.core.errors import ConfigError, PolicyError
-from a2c2_ros.sim.kinetix_env import Batch, KinetixEnv
+from a2c2_ros.sim.kinetix_env import KinetixEnv
 from a2c2_ros.training.record import write_record
 
 WEIGHTS_FILE, RECORD_FILE = "expert.safetensors", "expert.json"
@@ -101,7 +101,6 @@ class Rollouts:
 
     def __init__(self, env: KinetixEnv, count: int, seed: int) -> None:
         self._env, self._seed, self._number = env, seed, 0
-        self._batch: Batch
         self._batch, self.state = env.reset(count)
 
     def step(self, action: np.ndarray):

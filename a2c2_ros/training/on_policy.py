@@ -9,7 +9,6 @@ that were executed in ``executed/<policy id>.npz``: ``train_head --data DEMONSTR
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from a2c2_ros import provenance
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import ControlStep, CorrectionLoop
 from a2c2_ros.core.errors import A2C2Error, ConfigError
@@ -182,7 +182,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
     """What identifies a run: the options and the very weights."""
     config = json.loads((model_path(args.policy) / "config.json").read_text(encoding="utf-8"))
     planner_config(args, config["horizon"])
-    head = hashlib.sha256(model_path(args.head).read_bytes()).hexdigest() if args.head else None
+    head = provenance.sha256_of(model_path(args.head)) if args.head else None
     return {name: getattr(args, name) for name in SETTINGS} | {"policy_id": config["policy_id"], "head_sha256": head}
 
 

@@ -29,7 +29,7 @@ from a2c2_ros.heads.base import manifest_of
 from a2c2_ros.heads.export import export
 from a2c2_ros.heads.onnx_head import OnnxHead
 from a2c2_ros.heads.samples import dataset_samples
-from a2c2_ros.policies.flow import CONFIG_FILE, WEIGHTS_FILE, FlowConfig, FlowPolicy, load_network
+from a2c2_ros.policies.flow import CONFIG_FILE, WEIGHTS_FILE, FlowPolicy, load_network
 from a2c2_ros.sim.arms import Arm, arm_of
 from a2c2_ros.sim.reach import INSTRUCTIONS, MAX_STEPS, TARGETS, ReachEnv, expert_action
 from a2c2_ros.training.cache_chunks import cache_chunks
@@ -38,7 +38,7 @@ from a2c2_ros.training.demonstrations import assemble, features_of
 from a2c2_ros.training.joining import load_base
 from a2c2_ros.training.loop import LoopConfig
 from a2c2_ros.training.train_head import make_head, train_head
-from a2c2_ros.training.train_policy import train_policy
+from a2c2_ros.training.train_policy import config_of, train_policy
 
 ROBOTS = ("panda_servo", "so101_servo")
 POLICY, HEAD = "flow_reach", "mlp_reach"
@@ -134,15 +134,7 @@ def train_all(data_root: Path, work: Path, steps: int, seed: int) -> None:
     data = load_demonstrations(data_root)
     loop = LoopConfig(learning_rate=1e-3, schedule="cosine", weight_decay=1e-4, steps=steps, seed=seed, bfloat16=False)
     if not (work / POLICY / CONFIG_FILE).exists():
-        config = FlowConfig(
-            action_names=data.action_names,
-            state_names=data.state_names,
-            cameras=(),
-            image_size=0,
-            step_ns=data.step_ns,
-            action_space=load_profile(ROBOTS[0]).robot.action_space,
-            **SIZES,
-        )
+        config = config_of(data, load_profile(ROBOTS[0]).robot.action_space, **SIZES)
         train_policy(data, config, loop, work / POLICY, HOLDOUT)
     if not (work / HEAD / "head.onnx").exists():
         network = load_network(work / POLICY)

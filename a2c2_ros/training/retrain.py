@@ -7,7 +7,6 @@ step that is done is kept: the same command continues after a kill.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -165,7 +164,7 @@ def file_hash(path: Path) -> str:
     """
     if not path.is_file():
         raise ConfigError(f"{path} is missing: --head is a folder with head.onnx and head.safetensors")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return provenance.sha256_of(path)
 
 
 def run_folder(args: argparse.Namespace, task: int) -> Path:

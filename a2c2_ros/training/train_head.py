@@ -9,7 +9,6 @@ was killed continues.
 
 import argparse
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from a2c2_ros import provenance
 from a2c2_ros.core.errors import A2C2Error, ConfigError, PolicyError
 from a2c2_ros.core.features import time_feature
 from a2c2_ros.core.head import HeadInput
@@ -216,7 +216,7 @@ def run(arguments: argparse.Namespace, init: Head | None) -> None:
         training, _ = data.split(arguments.holdout)
         language = language_rows(chunks.language, data)
         head.set_statistics(statistics(data, training, language) | latent_statistics(chunks, training))
-    origin = hashlib.sha256(arguments.init.read_bytes()).hexdigest() if init else ""
+    origin = provenance.sha256_of(arguments.init) if init else ""
     trained = train_head(data, chunks, head, loop, arguments.out, arguments.holdout, recipe, init=origin)
     if init is not None:
         path = arguments.out / ONNX_FILE

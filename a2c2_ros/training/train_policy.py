@@ -51,21 +51,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     arguments = parser().parse_args(argv)
     data = load_demonstrations(arguments.data)
-    image_size = next(iter(data.frames.values())).shape[1]
     if arguments.without_images:
         data = dataclasses.replace(data, frames={})
-    config = FlowConfig(
-        action_names=data.action_names,
-        state_names=data.state_names,
-        cameras=tuple(data.frames),
-        image_size=image_size,
-        step_ns=data.step_ns,
-        action_space=arguments.action_space,
+    config = config_of(
+        data,
+        arguments.action_space,
         horizon=arguments.horizon,
         objects_dim=data.objects.shape[1],
         prefix_slots=min(PREFIX_SLOTS, arguments.horizon - 1),
     )
     train_policy(data, config, LoopConfig.from_arguments(arguments), arguments.out, arguments.holdout)
+
+
+def config_of(data: Demonstrations, action_space: str, **sizes: int) -> FlowConfig:
+    """The configuration of a policy that sees what the demonstrations have; ``sizes`` are its further fields."""
+    image_size = next((frames.shape[1] for frames in data.frames.values()), 0)
+    return FlowConfig(
+        action_names=data.action_names,
+        state_names=data.state_names,
+        cameras=tuple(data.frames),
+        image_size=image_size,
+        step_ns=data.step_ns,
+        action_space=action_space,
+        **sizes,
+    )
 
 
 def train_policy(
