@@ -250,6 +250,28 @@ def test_the_end_of_the_block_ends_every_process(tmp_path):
     assert child.poll() is not None
 
 
+class FailsFirst:
+    """A benchmark whose every first cell fails."""
+
+    def __init__(self):
+        self._names = set()
+
+    def measure(self, cell, policy_pid):
+        if cell.name not in self._names:
+            self._names.add(cell.name)
+            raise A2C2Error("loop ended with exit code -6\nits log")
+        return {"cell": cell.name}, "trace"
+
+
+def test_only_a_baseline_runs_once_more(capsys):
+    cells = {cell.loop: cell for cell in timing.quick_plan()}
+    result, trace = timing._measure(FailsFirst(), cells[report.BASELINE], None)
+    assert result["failed_before"] == "loop ended with exit code -6" and trace == "trace"
+    assert "its log" in capsys.readouterr().out
+    with pytest.raises(A2C2Error, match="exit code -6"):
+        timing._measure(FailsFirst(), cells[report.OURS], None)
+
+
 def test_no_cell_for_a_pattern_is_refused(capsys):
     assert timing.main(["--cells", "ours/nothing/*"]) == 2
     assert "ours/nothing/*" in capsys.readouterr().err
@@ -259,8 +281,8 @@ def test_no_cell_for_a_pattern_is_refused(capsys):
 def test_quick_run_end_to_end(tmp_path):
     out = tmp_path / "bench.json"
     command = [sys.executable, "-m", "a2c2_ros.benchmark.timing", "--quick", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=220)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=220)
+    assert done.returncode == 0, done.stdout
     record = json.loads(out.read_text())
     assert {"targets", "cells", "machine", "versions", "seed", "wall_s"} <= set(record)
     assert not record["full"]

@@ -10,8 +10,8 @@ ends (SIGINT or SIGTERM).
 import argparse
 import contextlib
 import json
+import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,8 +149,8 @@ def _to_ns(stamp) -> int:
     return stamp.sec * 1_000_000_000 + stamp.nanosec
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m a2c2_ros.benchmark.baseline", description=__doc__)
     parser.add_argument("--head", type=Path, required=True, help="head.safetensors")
     parser.add_argument("--rate-hz", type=float, required=True, help="control rate [Hz]")
@@ -170,10 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(READY, flush=True)
         executor.spin()
     args.out.write_text(json.dumps(node.record()), encoding="utf-8")
-    executor.shutdown(timeout_sec=1.0)
-    rclpy.shutdown()
-    return 0
+    os._exit(0)  # callbacks that wait in the executor's pool would still run, and crash while rclpy ends
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
