@@ -43,13 +43,13 @@ def make_policy(**changes):
 
 
 class Counting:
-    """A world whose state is its step and the row; an episode ends after as many steps as its row says."""
+    """A world whose state is its step and the row; an episode ends after as many steps as its row says, if at all."""
 
     max_steps = 40
     action_names = ("motor0", "thruster0")
 
-    def __init__(self):
-        self.actions = []
+    def __init__(self, ending=False):
+        self.actions, self._ending = [], ending
 
     def reset(self, count):
         self._rows = np.arange(count, dtype=np.float32)
@@ -58,10 +58,10 @@ class Counting:
     def _state(self, step):
         return np.stack([np.sin(self._rows), np.full(len(self._rows), step / 10, np.float32)], axis=1)
 
-    def step(self, batch, action, seed):
+    def step(self, batch, action, seed, going):
         self.actions.append(action)
         step = batch + 1
-        ended = np.full(len(action), step >= self.max_steps) | (self._rows == step)
+        ended = np.full(len(action), step >= self.max_steps) | (self._ending & (self._rows == step))
 
         class Stepped:
             pass
@@ -153,11 +153,23 @@ def test_the_head_sees_the_newest_state_and_the_slot():
 
 
 def test_an_episode_counts_once():
-    outcome = run_method(Counting(), make_policy(), None, METHODS["naive"], [(8, 0), (4, 4)], 3, 0, WORDS)
+    outcome = run_method(Counting(ending=True), make_policy(), None, METHODS["naive"], [(8, 0), (4, 4)], 3, 0, WORDS)
     # Row 0 never ends before the limit; rows 1 to 5 end after as many steps, those of even numbers with success.
     assert outcome.steps[8, 0].tolist() == [40, 1, 2] and outcome.steps[4, 4].tolist() == [3, 4, 5]
     assert outcome.solved[8, 0].tolist() == [True, False, True]
     assert outcome.solved[4, 4].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("method", ["naive", "rtc", "a2c2"])
+def test_episodes_that_are_over_do_not_change_the_others(method):
+    policy = make_policy(temperature=1.0)
+    worlds = Counting(), Counting(ending=True)
+    arguments = (policy, make_head(policy), METHODS[method], [(3, 2), (4, 4)], 4, 0, WORDS)
+    whole, outcome = (run_method(world, *arguments) for world in worlds)
+    over = np.concatenate(list(outcome.steps.values()))
+    for step, (all_, left) in enumerate(zip(*(world.actions for world in worlds), strict=True)):
+        assert np.allclose(all_[step < over], left[step < over], atol=1e-5)
+    assert outcome.counts["steps"] == over.sum() < whole.counts["steps"]
 
 
 def test_a_continuation_may_be_one_for_each():

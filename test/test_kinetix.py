@@ -1,5 +1,6 @@
 """Kinetix for real: levels, physics, expert, and the training and evaluation of a level. Levels are Kinetix's own."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation import kinetix as command
 from a2c2_ros.evaluation import kinetix_film
+from a2c2_ros.sim import kinetix_env
 from a2c2_ros.sim.kinetix_env import KinetixEnv, Stepped
 from a2c2_ros.sim.kinetix_level import load_level
 from a2c2_ros.training import kinetix as training
@@ -53,7 +55,7 @@ def env():
 
 def push(env, batch, steps, value=1.0):
     """Step with one action; the last step, and all states."""
-    action = np.full((len(batch.timestep), len(env.action_names)), value, np.float32)
+    action = np.full((len(batch.rows), len(env.action_names)), value, np.float32)
     states = []
     for step in range(steps):
         stepped = env.step(batch, action, (0, step))
@@ -104,6 +106,34 @@ def test_noise_follows_from_the_seed(env):
     assert not np.array_equal(first[0], first[1])
 
 
+def test_an_action_is_limited_before_the_noise(env):
+    noisy = KinetixEnv(load_level(LEVEL), noise=0.5)
+    batch, _ = noisy.reset(TINY.envs)
+    states = []
+    for value in (1.0, 5.0):
+        action = np.full((TINY.envs, len(env.action_names)), value, np.float32)
+        states.append(noisy.step(batch, action, (0, 0)).state)
+    assert np.array_equal(*states) and np.abs(states[0] - states[0][0]).max() > 0
+
+
+def test_what_is_left_of_a_batch_goes_on_as_before(env, monkeypatch):
+    monkeypatch.setattr(kinetix_env, "LEAST_PART", 1)
+    noisy = KinetixEnv(load_level(LEVEL), noise=0.1)
+    batch, _ = noisy.reset(TINY.envs)
+    action = np.full((TINY.envs, len(env.action_names)), 0.5, np.float32)
+    batch = noisy.step(batch, action, (0, 0)).batch
+    going = np.arange(TINY.envs) % 3 == 0
+    whole, part = noisy.step(batch, action, (0, 1)), noisy.step(batch, action, (0, 1), going=going)
+    assert len(part.batch.rows) == TINY.envs // 2 and set(np.flatnonzero(going)) <= set(part.batch.rows)
+    assert np.allclose(part.state[going], whole.state[going], atol=1e-5)
+    dropped = np.setdiff1d(np.arange(TINY.envs), part.batch.rows)
+    assert np.isnan(part.state[dropped]).all() and not part.ended[dropped].any()
+    row = int(np.flatnonzero(going)[-1])
+    assert np.array_equal(noisy.picture(part.batch, row), noisy.picture(whole.batch, row))
+    with pytest.raises(ValueError, match="unpack"):
+        noisy.picture(part.batch, int(dropped[0]))
+
+
 def test_a_wrong_level_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.json is not a file"):
         load_level(tmp_path / "nothing.json")
@@ -141,6 +171,23 @@ class Ending:
     def step(self, batch, action, seed, restart):
         ended = np.full(len(action), batch % 4 == 3)
         return Stepped(batch + 1, np.zeros((len(action), 1), np.float32), None, ended, ended & self._solved)
+
+
+class Staggered(Ending):
+    """Every step, one of eight environments ends its episode."""
+
+    action_low = np.array([-1.0], np.float32)
+
+    def step(self, batch, action, seed, restart):
+        ended = (batch + np.arange(len(action))) % 8 == 7
+        zeros = np.zeros(len(action), np.float32)
+        return Stepped(batch + 1, zeros[:, None], zeros, ended, ended & self._solved)
+
+
+def test_few_episodes_are_no_success_rate(tmp_path):
+    config = ExpertConfig(steps=3 * 8, envs=8, rollout=3, good_enough=2.0, minibatches=1, epochs=1, width=8)
+    assert train_expert(Staggered(True), config, tmp_path) == 3 / 8  # as many episodes ended, all with success
+    assert train_expert(Staggered(True), dataclasses.replace(config, steps=3 * 3 * 8), tmp_path) == 1.0
 
 
 def test_an_expert_that_solves_nothing_gives_no_demonstrations(tmp_path):

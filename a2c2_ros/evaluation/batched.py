@@ -99,7 +99,7 @@ class Outcome:
     solved: dict[tuple[int, int], np.ndarray]  # (e, d) to (R,) bool
     steps: dict[tuple[int, int], np.ndarray]  # (e, d) to (R,) int
     seconds: dict[str, float]  # of the simulator, the policy and the head
-    counts: dict[str, int]  # steps of an environment, chunks, corrections
+    counts: dict[str, int]  # steps, chunks and corrections of episodes until their ends
 
 
 def run_method(
@@ -150,10 +150,11 @@ def run_method(
         seen = torch.tensor(state, device=device)
         with torch.inference_mode():
             for cell in cells:
+                going = torch.tensor(~over[cell.rows], device=device)
                 request = cell.schedule.begin(now_ns)
                 if request is not None:
-                    _infer(cell, request, policy, seen[cell.rows], words[cell.rows], noise)
-                    counts["chunks"] += rollouts
+                    _infer(cell, request, policy, seen[cell.rows], words[cell.rows], noise, going)
+                    counts["chunks"] += int(going.sum())
                 number, slot = cell.schedule.select(now_ns)
                 chunks, latents = cell.chunks[number]
                 base[cell.rows], latent[cell.rows], slots[cell.rows] = chunks[:, slot], latents, slot
@@ -162,18 +163,19 @@ def run_method(
             inferred = time.perf_counter()
             action = base.clone()  # the simulator may keep it
             if method.corrected:
-                taken = latent[:, : head.config.latent_dim], words[:, : head.config.language_dim]
-                action = base + head.fuse({}, seen, base, taus[slots], *taken)
-                counts["corrections"] += count
+                rows = torch.tensor(np.flatnonzero(~over), device=device)
+                taken = latent[rows, : head.config.latent_dim], words[rows, : head.config.language_dim]
+                action[rows] += head.fuse({}, seen[rows], base[rows], taus[slots[rows]], *taken)
+                counts["corrections"] += len(rows)
             action = action.cpu().numpy()
         corrected = time.perf_counter()
-        stepped = env.step(batch, action, (seed, step))
+        stepped = env.step(batch, action, (seed, step), going=~over)
+        counts["steps"] += int((~over).sum())
         batch, state = stepped.batch, stepped.state
         first = stepped.ended & ~over
         solved |= first & stepped.solved
         steps[first] = step + 1
         over |= first
-        counts["steps"] += count
         for name, duration in (
             ("policy", inferred - begun),
             ("head", corrected - inferred),
@@ -199,19 +201,23 @@ def _infer(
     state: torch.Tensor,
     language: torch.Tensor,
     generator: torch.Generator,
+    going: torch.Tensor,
 ) -> None:
-    """The chunks of a cell's episodes; the two newest are kept, which is all that a schedule may execute."""
-    latent = policy.encode({}, state, language)
+    """The chunks of a cell's episodes that go on; the two newest are kept, which is all that a schedule may execute."""
     noise = torch.randn(len(state), policy.decoder.output.out_features, generator=generator).to(state.device)
-    chunks = policy.sample(latent, noise, _continuation(cell, request))
-    cell.chunks[cell.schedule.newest] = (chunks, latent)
+    chunks = state.new_zeros(len(state), policy.config.horizon, len(policy.config.action_names))
+    latents = state.new_zeros(len(state), policy.config.latent_dim)
+    if going.any():
+        latents[going] = policy.encode({}, state[going], language[going])
+        chunks[going] = policy.sample(latents[going], noise[going], _continuation(cell, request, going))
+    cell.chunks[cell.schedule.newest] = (chunks, latents)
     for old in [number for number in cell.chunks if number < cell.schedule.newest - 1]:
         del cell.chunks[old]
 
 
-def _continuation(cell: _Cell, request: ChunkRequest) -> Continuation | None:
+def _continuation(cell: _Cell, request: ChunkRequest, going: torch.Tensor) -> Continuation | None:
     if not len(request.known):
         return None
     previous, _ = cell.chunks[cell.schedule.newest - 1]
-    known = previous[:, request.known[:, 0].astype(int)].cpu().numpy()
+    known = previous[going][:, request.known[:, 0].astype(int)].cpu().numpy()
     return Continuation(known, min(request.delay_steps, known.shape[1]), request.chunking)

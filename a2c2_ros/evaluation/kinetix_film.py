@@ -101,9 +101,9 @@ class _Filmed:
     def __getattr__(self, name: str):
         return getattr(self._env, name)
 
-    def step(self, batch, action: np.ndarray, seed: tuple[int, int]):
+    def step(self, batch, action: np.ndarray, seed: tuple[int, int], **options):
         """As the environment's own."""
-        stepped = self._env.step(batch, action, seed)
+        stepped = self._env.step(batch, action, seed, **options)
         self._steps += 1
         shown = self._steps % STEPS_PER_FRAME == 0
         for row in set(range(len(action))) - self._over:

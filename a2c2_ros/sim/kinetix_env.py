@@ -28,12 +28,23 @@ ACTION_NOISE = 0.1
 FEATURES = ("x", "y", "vx", "vy", "spin", "sin", "cos")
 """Of a body: position [m], velocity [m/s], tanh of the angular velocity / 10 rad/s, and the rotation."""
 VARIANTS = ("pruned", "shrunk", "stock")
+PARTS = (1, 2, 8)
+"""Batches are computed as a whole or by the half or the eighth of their environments, each of which is compiled."""
+LEAST_PART = 512
+"""Environments; a smaller part would not be worth its compilation."""
+
+
+class Batch(NamedTuple):
+    """N environments of a level, as far as they are still computed; immutable."""
+
+    states: EnvState  # of n <= N
+    rows: np.ndarray  # (n,) int, which of the N they are
 
 
 class Stepped(NamedTuple):
-    """What a step brought, each (N, ...)."""
+    """What a step brought, each (N, ...); NaN, 0 and False of an environment that is not computed any more."""
 
-    batch: EnvState  # of N environments; immutable
+    batch: Batch
     state: np.ndarray  # (N, S) float32; of a new episode where one ended and restarts are asked for
     reward: np.ndarray  # (N,) float32
     ended: np.ndarray  # (N,) bool
@@ -80,6 +91,22 @@ class Bodies(KinetixObservation):
     def hash_key(self) -> tuple:
         """What distinguishes it, for compiled functions: two levels may have the same sizes and names."""
         return (type(self).__name__, self._identity)
+
+
+def _left(batch: Batch, going: np.ndarray) -> Batch:
+    """The smallest part of a batch that has all environments that are still of interest."""
+    wanted = going[batch.rows]
+    sizes = [len(going) // part for part in PARTS]
+    size = min((size for size in sizes if size >= max(LEAST_PART, wanted.sum())), default=len(wanted))
+    if size >= len(wanted):
+        return batch
+    kept = np.argsort(~wanted, kind="stable")[:size]
+    return Batch(_take(batch.states, kept), batch.rows[kept])
+
+
+@jax.jit
+def _take(states: EnvState, rows: np.ndarray) -> EnvState:
+    return jax.tree.map(lambda values: values[rows], states)
 
 
 class KinetixEnv:
@@ -129,12 +156,20 @@ class KinetixEnv:
         self.max_steps = int(level.params.max_timesteps)
         self._noise = noise
 
-    def reset(self, count: int) -> tuple[EnvState, np.ndarray]:
+    def reset(self, count: int) -> tuple[Batch, np.ndarray]:
         """``count`` environments at the start of the level, and their states (N, S) float32."""
-        batch = jax.tree.map(lambda values: jnp.broadcast_to(values, (count, *jnp.shape(values))), self._start)
-        return batch, np.tile(np.asarray(self._stock.get_obs(self._start)), (count, 1))
+        states = jax.tree.map(lambda values: jnp.broadcast_to(values, (count, *jnp.shape(values))), self._start)
+        return Batch(states, np.arange(count)), np.tile(np.asarray(self._stock.get_obs(self._start)), (count, 1))
 
-    def step(self, batch: EnvState, action: np.ndarray, seed: tuple[int, int], *, restart: bool = False) -> Stepped:
+    def step(
+        self,
+        batch: Batch,
+        action: np.ndarray,
+        seed: tuple[int, int],
+        *,
+        restart: bool = False,
+        going: np.ndarray | None = None,
+    ) -> Stepped:
         """Apply an action to every environment.
 
         Args:
@@ -142,19 +177,26 @@ class KinetixEnv:
             action: (N, A) action units; motors -1 to 1, thrusters 0 to 1, clipped before the noise and after it.
             seed: Of the noise: of the run, and the number of the step.
             restart: Environments whose episode ended are back at the start.
+            going: (N,) bool, environments that are of interest from here on; None: all.
         """
-        key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+        noise = np.random.default_rng(seed).standard_normal(action.shape, np.float32)
+        noisy = np.clip(action, self.action_low, 1.0) + self._noise * noise
+        if going is not None:
+            batch = _left(batch, going)
         # All that differs between environments of a level is an argument, so that JAX's compilation cache knows them.
-        batch, *rest = self._step(batch, jnp.asarray(action, jnp.float32), key, self._noise, self._params, restart)
-        return Stepped(batch, *(np.asarray(values) for values in rest))
+        states, *rest = self._step(batch.states, jnp.asarray(noisy[batch.rows], jnp.float32), self._params, restart)
+        found = []
+        for values in map(np.asarray, rest):
+            empty = np.nan if values.ndim > 1 else 0
+            found.append(np.full((len(action), *values.shape[1:]), empty, values.dtype))
+            found[-1][batch.rows] = values
+        return Stepped(Batch(states, batch.rows), *found)
 
     @partial(jax.jit, static_argnums=0)
-    def _step(
-        self, states: EnvState, action: jax.Array, key: jax.Array, noise: float, params: EnvParams, restart: bool
-    ):
-        noisy = jnp.clip(action, self.action_low, 1.0) + noise * jax.random.normal(key, action.shape)
+    def _step(self, states: EnvState, action: jax.Array, params: EnvParams, restart: bool):
         size = self._static.num_motor_bindings + self._static.num_thruster_bindings
-        full = jnp.zeros((len(action), size)).at[:, self._action_rows].set(noisy)
+        full = jnp.zeros((len(action), size)).at[:, self._action_rows].set(action)
+        key = jax.random.key(0)  # of Kinetix, which draws nothing in a step
 
         def one(state: EnvState, values: jax.Array):
             observed, state, reward, ended, info = self._stock.step_env(key, state, values, params)
@@ -165,11 +207,12 @@ class KinetixEnv:
 
         return jax.vmap(one)(states, full)
 
-    def picture(self, batch: EnvState, row: int) -> np.ndarray:
+    def picture(self, batch: Batch, row: int) -> np.ndarray:
         """(500, 500, 3) uint8 RGB of one environment."""
         from kinetix.render.renderer_pixels import make_render_pixels
 
         if not hasattr(self, "_render"):
             self._render = jax.jit(make_render_pixels(self._params, self._static))
-        image = self._render(jax.tree.map(lambda values: values[row], batch))
+        (place,) = np.flatnonzero(batch.rows == row)
+        image = self._render(jax.tree.map(lambda values: values[place], batch.states))
         return np.asarray(image).round().astype(np.uint8).transpose(1, 0, 2)[::-1]
