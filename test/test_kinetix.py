@@ -20,6 +20,7 @@ from a2c2_ros.sim import kinetix_env
 from a2c2_ros.sim.kinetix_env import KinetixEnv, Stepped
 from a2c2_ros.sim.kinetix_level import load_level
 from a2c2_ros.training import kinetix as training
+from a2c2_ros.training.dataset import load_demonstrations
 from a2c2_ros.training.kinetix_budget import Budget
 from a2c2_ros.training.kinetix_expert import Expert, ExpertConfig, advantages, load_expert, train_expert
 
@@ -163,12 +164,13 @@ class Ending:
     name, max_steps, state_names, action_names = "ending", 4, ("x",), ("motor0",)
 
     def __init__(self, solved):
-        self._solved = solved
+        self._solved, self.actions = solved, []
 
     def reset(self, count):
         return 0, np.zeros((count, 1), np.float32)
 
     def step(self, batch, action, seed, restart):
+        self.actions.append(action)
         ended = np.full(len(action), batch % 4 == 3)
         return Stepped(batch + 1, np.zeros((len(action), 1), np.float32), None, ended, ended & self._solved)
 
@@ -195,8 +197,14 @@ def test_an_expert_that_solves_nothing_gives_no_demonstrations(tmp_path):
     with pytest.raises(A2C2Error, match="0 episodes solved"):
         training.record(Ending(False), [expert], tmp_path / "data", 10, 3, 0)
     assert not (tmp_path / "data").exists()
-    training.record(Ending(True), [expert], tmp_path / "data", 10, 3, 0)
-    assert (tmp_path / "data").exists()
+
+
+def test_the_label_is_what_was_executed(tmp_path):
+    world = Ending(True)
+    training.record(world, [Expert(1, np.array([-1.0], np.float32), 8)], tmp_path / "data", 10, 3, 0)
+    data = load_demonstrations(tmp_path / "data")
+    executed = np.stack(world.actions)  # (steps, environments, 1)
+    assert np.array_equal(data.action, executed[:4].transpose(1, 0, 2).reshape(-1, 1)) and executed.std() > 0.1
 
 
 @pytest.fixture(scope="module")

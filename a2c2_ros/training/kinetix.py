@@ -115,8 +115,9 @@ def write_profile(env: KinetixEnv, path: Path) -> None:
 def record(env: KinetixEnv, experts: Sequence[Expert], root: Path, steps: int, count: int, seed: int) -> None:
     """Write episodes that experts solved as a LeRobotDataset v3, at least so many steps.
 
-    What is executed is drawn from the expert's distribution, as in arXiv 2506.07339, so that the data shows how to come
-    back; the label is the mean, what the expert wants. The noise is the world's, not a disturbance to be left out.
+    The label is what was executed, drawn from the expert's distribution. With the distribution's mean in its place, a
+    policy could read from the actions before where the noise had led, and real-time chunking, which gives it actions that
+    something else decided, would mislead it. The world's noise is added behind the label and is not in it.
 
     Args:
         env: Of the level.
@@ -141,20 +142,19 @@ def record(env: KinetixEnv, experts: Sequence[Expert], root: Path, steps: int, c
             taken = 0
             while bar.n < steps:
                 state = rollouts.state
-                wanted = np.zeros((count, len(env.action_names)), dtype=np.float32)
-                drawn = np.zeros_like(wanted)
+                drawn = np.zeros((count, len(env.action_names)), dtype=np.float32)
                 for number, expert in enumerate(experts):
                     mine = owner == number
                     mean = expert.mean(torch.tensor(state[mine]))
                     raw = mean + expert.std * torch.randn(mean.shape, generator=generator)
-                    wanted[mine], drawn[mine] = expert.squash(mean).numpy(), expert.squash(raw).numpy()
+                    drawn[mine] = expert.squash(raw).numpy()
                 stepped = rollouts.step(drawn)
                 taken += count
                 if taken > MOST_ATTEMPTS * max(steps, count * env.max_steps):
                     raise A2C2Error(f"{env.name}: {len(parts)} episodes solved in {taken} steps: train longer")
                 for row in range(count):
                     states[row].append(state[row])
-                    actions[row].append(wanted[row])
+                    actions[row].append(drawn[row])
                     if not stepped.ended[row]:
                         continue
                     if stepped.solved[row]:
@@ -180,7 +180,7 @@ def _departures(budget: Budget, steps: int, paper_epochs: int, frames: int, subj
     found = [
         f"{budget.experts} expert(s) of at most {budget.expert_steps} steps, rewarded for coming nearer, too, instead "
         "of 8 of 64000000 of which the weak ones are left out.",
-        f"{frames} steps of solved episodes instead of 1000000; the label is the mean of the expert's action.",
+        f"{frames} steps of solved episodes instead of 1000000.",
         "The state of the moving bodies instead of Kinetix's whole observation.",
         f"{steps} steps of {budget.batch_size} instead of {paper_epochs} epochs of 1000000 in batches of 512.",
     ]
