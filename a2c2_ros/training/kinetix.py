@@ -116,8 +116,8 @@ def record(env: KinetixEnv, experts: Sequence[Expert], root: Path, steps: int, c
     """Write episodes that experts solved as a LeRobotDataset v3, at least so many steps.
 
     The label is what was executed, drawn from the expert's distribution. With the distribution's mean in its place, a
-    policy could read from the actions before where the noise had led, and real-time chunking, which gives it actions that
-    something else decided, would mislead it. The world's noise is added behind the label and is not in it.
+    policy could read from the actions before where the noise had led, and real-time chunking, which gives it actions
+    that something else decided, would mislead it. The world's noise is added behind the label and is not in it.
 
     Args:
         env: Of the level.
