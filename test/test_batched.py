@@ -4,17 +4,27 @@ import dataclasses
 
 import numpy as np
 import pytest
+import yaml
 
 torch = pytest.importorskip("torch")
 
+from a2c2_ros.core.config import ControllerConfig, PlannerConfig
+from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import PolicyError
 from a2c2_ros.core.features import time_feature
 from a2c2_ros.core.schedule import admissible_execution_horizons
+from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation.batched import CellSchedule, run_method
 from a2c2_ros.evaluation.methods import METHODS
+from a2c2_ros.evaluation.rollout import run_episode
+from a2c2_ros.heads.base import manifest_of
+from a2c2_ros.heads.export import export
 from a2c2_ros.heads.mlp import MlpConfig, MlpHead
+from a2c2_ros.heads.onnx_head import OnnxHead
+from a2c2_ros.heads.samples import random_samples
 from a2c2_ros.policies.base import Continuation
-from a2c2_ros.policies.flow import FlowConfig, FlowNetwork
+from a2c2_ros.policies.flow import FlowConfig, FlowNetwork, FlowPolicy, load_network, save_network
+from a2c2_ros.policies.language import InstructionEncoder
 
 HORIZON, STEP_NS = 8, 16_666_667
 GRID = [(e, d) for d in range(5) for e in admissible_execution_horizons(HORIZON, d)]
@@ -124,9 +134,9 @@ def test_real_time_chunking_changes_what_is_executed():
     assert not np.allclose(executed["naive"][6:], executed["tt_rtc"][6:])
 
 
-def make_head(policy):
+def make_head(policy, policy_id="tiny"):
     facts = {name: getattr(policy.config, name) for name in ("horizon", "step_ns", "action_names", "action_space")}
-    head = MlpHead(MlpConfig(policy_id="tiny", state_names=policy.config.state_names, hidden=8, **facts)).eval()
+    head = MlpHead(MlpConfig(policy_id=policy_id, state_names=policy.config.state_names, hidden=8, **facts)).eval()
     torch.nn.init.normal_(head.output[-1].weight)
     return head
 
@@ -170,6 +180,98 @@ def test_episodes_that_are_over_do_not_change_the_others(method):
     for step, (all_, left) in enumerate(zip(*(world.actions for world in worlds), strict=True)):
         assert np.allclose(all_[step < over], left[step < over], atol=1e-5)
     assert outcome.counts["steps"] == over.sum() < whole.counts["steps"]
+
+
+class Pushed:
+    """A point that an action pushes, so that what is executed decides what is seen; rows start at different places."""
+
+    max_steps = 30
+    action_names = ("motor0", "thruster0")
+    low, high = np.array([-1.0, 0.0], np.float32), np.float32(1.0)
+
+    def reset(self, count):
+        start = np.stack([np.linspace(-1.0, 1.0, count), np.zeros(count)], axis=1).astype(np.float32)
+        self.seen = [start]
+        return start, start
+
+    def step(self, batch, action, seed, going):
+        x = 0.9 * batch + 0.2 * np.clip(action, self.low, self.high) * (1.5 + np.cos(3.0 * batch))
+
+        class Stepped:
+            pass
+
+        Stepped.batch = Stepped.state = x
+        self.seen.append(x)
+        Stepped.ended = Stepped.solved = np.full(len(x), len(self.seen) > self.max_steps)
+        return Stepped
+
+
+class Alone:
+    """One row of the world above, as a simulator of the loop in one process."""
+
+    instruction = ""
+
+    def __init__(self, row, count):
+        self._world, self._row, self._count = Pushed(), row, count
+
+    def reset(self, initial_state, seed):
+        self._batch, _ = self._world.reset(self._count)
+        return {"joint_position": self._batch[self._row].astype(float)}
+
+    def step(self, action, look=True):
+        actions = np.zeros((self._count, 2), np.float32)
+        actions[self._row] = action
+        stepped = self._world.step(self._batch, actions, None, None)
+        self._batch = stepped.batch
+        return {"joint_position": self._batch[self._row].astype(float)}, False
+
+
+@pytest.mark.parametrize("method", ["naive", "a2c2", "rtc+a2c2", "tt_rtc"])
+def test_a_batch_sees_what_planner_and_control_loop_would_see(method, tmp_path):
+    """The whole loop in one process, which is what the nodes execute: slots, delays, limits, ONNX head."""
+    method, pairs, rows = METHODS[method], [(1, 1), (3, 2), (4, 4)], 2
+    config = save_network(make_policy(language_dim=len(InstructionEncoder().embed(""))), tmp_path / "policy", "tiny")
+    policy = FlowPolicy(tmp_path / "policy")
+    head = make_head(load_network(tmp_path / "policy"), config.policy_id)
+    torch.nn.init.normal_(head.output[-1].weight, std=0.3)
+    export(head, random_samples(manifest_of(head), 2), tmp_path / "head.onnx")
+    profile = {
+        "name": "point",
+        "simulated": True,
+        "joint_states": {"topic": "joint_states", "names": list(config.state_names)},
+        "state": "joint_position",
+        "action": {"space": config.action_space, "names": list(config.action_names)},
+        "rates": {"control_rate_hz": 1e9 / STEP_NS},
+        "command": {"topic": "joint_command", "kind": "joint_state"},
+        "limits": {"lower": [-1.0, 0.0], "upper": [1.0, 1.0]},
+        "hold": {"kind": "delta"},
+        "max_age_s": {"joint_states": 0.1},
+    }
+    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(profile))
+    robot = load_profile(str(tmp_path / "robot.yaml")).robot
+    world = Pushed()
+    words = torch.tensor(InstructionEncoder().embed(""))
+    run_method(world, load_network(tmp_path / "policy"), head, method, pairs, rows, seed=0, language=words)
+    for cell, (e, d) in enumerate(pairs):
+        row, seen = cell * rows + 1, []
+        planner = {"horizon": HORIZON, "execution_horizon": e, "inference_delay": d, "chunking": method.chunking}
+        controller = ControllerConfig(
+            control_rate_hz=1e9 / STEP_NS, correction__enabled=method.corrected, lockstep=True
+        )
+        run_episode(
+            Alone(row, len(pairs) * rows),
+            robot,
+            policy,
+            CorrectionLoop(controller, robot, OnnxHead(tmp_path / "head.onnx") if method.corrected else None),
+            PlannerConfig(control_rate_hz=1e9 / STEP_NS, **planner),
+            initial_state=None,
+            seed=0,
+            max_steps=Pushed.max_steps,
+            on_step=lambda _, observation, seen=seen: seen.append(observation["joint_position"]),
+        )
+        there = np.stack(world.seen[: Pushed.max_steps])[:, row]
+        assert np.allclose(np.stack(seen), there, atol=1e-3), (e, d)
+        assert np.ptp(there, axis=0).max() > 0.1  # it was pushed
 
 
 def test_a_continuation_may_be_one_for_each():

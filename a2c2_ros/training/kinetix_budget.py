@@ -20,7 +20,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(1, 256, 200_000, 8_000, 200, 200, 256, 64, 16),
-    "small": Budget(1, 256, 3_000_000, 200_000, 3_000, 6_000, 512, 256, 256),
+    "small": Budget(1, 256, 3_000_000, 200_000, 2_000, 4_000, 512, 256, 256),
     "paper": Budget(8, 2048, 64_000_000, 1_000_000, 62_500, 31_250, 512, 512, 2048),
 }
 """``paper``: steps of tables 2 and 3 (32 and 16 epochs of a million frames in batches of 512)."""
