@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +59,13 @@ def env():
     return KinetixEnv(load_level(LEVEL), noise=0.0, distance_reward=0.5)
 
 
+@pytest.fixture
+def noisy(env, monkeypatch):
+    """The same environment, so that it is traced once."""
+    monkeypatch.setattr(env, "_noise", 0.1)
+    return env
+
+
 def push(env, batch, steps, value=1.0):
     """Step with one action; the last step, and all states."""
     action = np.full((len(batch.rows), len(env.action_names)), value, np.float32)
@@ -98,30 +110,27 @@ def test_an_environment_starts_again_where_its_episode_ended(env):
         pytest.fail("no episode ended within the step limit")
 
 
-def test_noise_follows_from_the_seed(env):
-    noisy = KinetixEnv(load_level(LEVEL), noise=0.1)
+def test_noise_follows_from_the_seed(noisy):
     batch, _ = noisy.reset(TINY.envs)
-    action = np.full((TINY.envs, len(env.action_names)), 0.5, np.float32)
+    action = np.full((TINY.envs, len(noisy.action_names)), 0.5, np.float32)
     first, again, other = (noisy.step(batch, action, seed).state for seed in ((1, 0), (1, 0), (1, 1)))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     assert not np.array_equal(first[0], first[1])
 
 
-def test_an_action_is_limited_before_the_noise(env):
-    noisy = KinetixEnv(load_level(LEVEL), noise=0.5)
+def test_an_action_is_limited_before_the_noise(noisy):
     batch, _ = noisy.reset(TINY.envs)
     states = []
     for value in (1.0, 5.0):
-        action = np.full((TINY.envs, len(env.action_names)), value, np.float32)
+        action = np.full((TINY.envs, len(noisy.action_names)), value, np.float32)
         states.append(noisy.step(batch, action, (0, 0)).state)
     assert np.array_equal(*states) and np.abs(states[0] - states[0][0]).max() > 0
 
 
-def test_what_is_left_of_a_batch_goes_on_as_before(env, monkeypatch):
+def test_what_is_left_of_a_batch_goes_on_as_before(noisy, monkeypatch):
     monkeypatch.setattr(kinetix_env, "LEAST_PART", 1)
-    noisy = KinetixEnv(load_level(LEVEL), noise=0.1)
     batch, _ = noisy.reset(TINY.envs)
-    action = np.full((TINY.envs, len(env.action_names)), 0.5, np.float32)
+    action = np.full((TINY.envs, len(noisy.action_names)), 0.5, np.float32)
     batch = noisy.step(batch, action, (0, 0)).batch
     going = np.arange(TINY.envs) % 3 == 0
     whole, part = noisy.step(batch, action, (0, 1)), noisy.step(batch, action, (0, 1), going=going)
@@ -272,6 +281,27 @@ def test_a_level_has_a_robot_profile(trained, env):
     profile = load_profile(str(trained / "work" / LEVEL.stem / "robot.yaml"))
     assert profile.joint_names == env.state_names and profile.robot.action_names == env.action_names
     assert profile.control_rate_hz == 60.0
+
+
+@pytest.mark.timeout(200)
+def test_a_level_runs_in_the_nodes(trained, tmp_path):
+    """Simulator, planner, controller and monitor over DDS, in lockstep, with what was trained."""
+    pytest.importorskip("rclpy")
+    command = [sys.executable, "-m", "a2c2_ros.bringup", "kinetix_sim", f"level:={LEVEL}", "episodes:=2"]
+    command += ["execution_horizon:=3", "inference_delay:=2", f"out:={tmp_path / 'run'}"]
+    command += [f"models:={trained / 'work' / LEVEL.stem}"]
+    environment = os.environ | {"ROS_DOMAIN_ID": str(random.SystemRandom().randrange(1, 100)), "OMP_NUM_THREADS": "1"}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **output) as run:
+        try:
+            text, _ = run.communicate(timeout=180)
+        finally:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 0, text
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["episodes"] == 2 and summary["states"]["running"] > 10 and summary["head_ms_p50"] > 0.0, summary
+    assert "fault" not in summary["states"], summary
 
 
 def test_a_folder_of_another_budget_is_refused(trained, capsys):

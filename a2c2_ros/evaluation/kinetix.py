@@ -138,12 +138,14 @@ def evaluate(path: Path, out: Path, trained, args: argparse.Namespace, rollouts:
         if result.get(name) != value:
             raise ConfigError(f"{file} is of {name} {result.get(name)!r}, not {value!r}; move it or choose --results")
     torch.set_num_threads(args.workers)
-    env = KinetixEnv(load_level(path))
+    level = load_level(path)
+    env = KinetixEnv(level)
     language = torch.tensor(InstructionEncoder().embed(path.stem))
     idle = np.zeros((len(pairs) * rollouts, len(env.action_names)), np.float32)
     if not result["expert"]:
         for variant, count in EXPERT_ROLLOUTS.items():
-            solved, steps_per_s = expert_success(path, out, count, EVALUATION_SEED + args.seed, variant)
+            computed = env if variant == env.variant else KinetixEnv(level, variant=variant)
+            solved, steps_per_s = expert_success(computed, out, count, EVALUATION_SEED + args.seed)
             result["expert"][variant] = {**rate(solved, count), "steps_per_s": steps_per_s}
         result["facts"] = facts(policy, head, env, trained)
         save(file, result)

@@ -132,7 +132,7 @@ class KinetixEnv:
                 (level.start.thruster_bindings, level.start.thruster.active),
             )
         )
-        self.name = level.name
+        self.name, self.variant = level.name, variant
         self.action_names = (*(f"motor{i}" for i in motors), *(f"thruster{i}" for i in thrusters))
         self._action_rows = np.array([*motors, *(level.static.num_motor_bindings + i for i in thrusters)])
         self.action_low = np.array([-1.0] * len(motors) + [0.0] * len(thrusters), dtype=np.float32)

@@ -240,9 +240,8 @@ def _train(data_root: Path, out: Path, budget: Budget, seed: int, device: str, w
     return found
 
 
-def expert_success(path: Path, out: Path, rollouts: int, seed: int, variant: str) -> tuple[int, float]:
-    """Successes of a level's first expert, without exploration, and the variant's environment steps per second."""
-    env = KinetixEnv(load_level(path), variant=variant)
+def expert_success(env: KinetixEnv, out: Path, rollouts: int, seed: int) -> tuple[int, float]:
+    """Successes of a level's first expert, without exploration, and environment steps per second."""
     expert = load_expert(out / "expert0", env)
     batch, state = env.reset(rollouts)
     over, solved = np.zeros(rollouts, dtype=bool), np.zeros(rollouts, dtype=bool)
