@@ -34,7 +34,8 @@ def result(solved, **changes):
         name: {"successes": 8, "episodes": 8, "wilson_95": [0.7, 1.0], "steps_per_s": 100.0} for name in ("stock",)
     }
     expert["pruned"] = expert["stock"] | {"steps_per_s": 2000.0}
-    facts = {"state": 7, "actions": ["motor0"], "parameters": {"policy": 1000, "head": 2000}}
+    training = {name: {"steps": 100, "seconds": 5.0} for name in ("expert", "policy", "head")}
+    facts = {"training": training, "state": 7, "actions": ["motor0"], "parameters": {"policy": 1000, "head": 2000}}
     return SETTINGS | {"expert": expert, "methods": methods, "facts": facts} | changes
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from a2c2_ros import provenance
@@ -141,17 +140,16 @@ def evaluate(path: Path, out: Path, trained, args: argparse.Namespace, rollouts:
     level = load_level(path)
     env = KinetixEnv(level)
     language = torch.tensor(InstructionEncoder().embed(path.stem))
-    idle = np.zeros((len(pairs) * rollouts, len(env.action_names)), np.float32)
+    result["facts"] = facts(policy, head, env, out, trained)
     if not result["expert"]:
         for variant, count in EXPERT_ROLLOUTS.items():
             computed = env if variant == env.variant else KinetixEnv(level, variant=variant)
             solved, steps_per_s = expert_success(computed, out, count, EVALUATION_SEED + args.seed)
             result["expert"][variant] = {**rate(solved, count), "steps_per_s": steps_per_s}
-        result["facts"] = facts(policy, head, env, trained)
         save(file, result)
     for name in (name for name in args.methods if name not in result["methods"]):
         with tqdm(total=env.max_steps, unit="step", desc=f"{path.stem} {name}") as bar:
-            env.step(env.reset(len(pairs) * rollouts)[0], idle, (0, 0))  # compiles, which is not to be timed
+            env.compile(len(pairs) * rollouts)  # which is not to be timed
             begun = time.perf_counter()
             outcome = run_method(
                 env, policy, head, METHODS[name], pairs, rollouts, EVALUATION_SEED + args.seed, language, bar
@@ -174,8 +172,13 @@ def evaluate(path: Path, out: Path, trained, args: argparse.Namespace, rollouts:
         save(file, result)
 
 
-def facts(policy, head, env, trained) -> dict[str, object]:
-    """Sizes, and how policy and head were trained."""
+def facts(policy, head, env, out: Path, trained) -> dict[str, object]:
+    """Sizes, and how expert, policy and head were trained."""
+    records = {
+        name: json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        for name, folder in dataclasses.asdict(trained).items()
+    }
+    expert = json.loads((out / "expert0" / "expert.json").read_text(encoding="utf-8"))
     return {
         "state": len(env.state_names),
         "actions": list(env.action_names),
@@ -183,10 +186,11 @@ def facts(policy, head, env, trained) -> dict[str, object]:
             "policy": sum(p.numel() for p in policy.parameters()),
             "head": sum(p.numel() for p in head.parameters()),
         },
-        "departures": {
-            name: json.loads((folder / "training.json").read_text(encoding="utf-8"))["departures_from_the_paper"]
-            for name, folder in dataclasses.asdict(trained).items()
+        "training": {
+            name: {"steps": record["steps"], "seconds": record.get("seconds")}
+            for name, record in {"expert": expert, **records}.items()
         },
+        "departures": {name: record["departures_from_the_paper"] for name, record in records.items()},
     }
 
 

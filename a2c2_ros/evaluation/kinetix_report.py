@@ -171,6 +171,17 @@ def environment_section(results: Results) -> str:
     return f"{table(heading, rows)}\n\nBehind the success: environment steps per second, the expert included."
 
 
+def training_section(results: Results) -> str:
+    """Steps and seconds of every training; those of an expert are of the environment."""
+    stages = ("expert", "policy", "head")
+    rows = []
+    for level, result in results.levels.items():
+        found = [result["facts"]["training"][stage] for stage in stages]
+        seconds = ("not kept" if stage["seconds"] is None else f"{stage['seconds']:,.0f} s" for stage in found)
+        rows.append([level, *(f"{stage['steps']:,}, {time}" for stage, time in zip(found, seconds, strict=True))])
+    return table(["level", *stages], rows)
+
+
 def speed_section(results: Results) -> str:
     """Where the time of the evaluation goes."""
     rows = []
@@ -242,6 +253,7 @@ def write(folder: Path, page: Path) -> None:
         "mean": mean_section(results),
         "levels": level_section(results),
         "environment": environment_section(results),
+        "training": training_section(results),
         "speed": speed_section(results),
     }
     page.parent.mkdir(parents=True, exist_ok=True)

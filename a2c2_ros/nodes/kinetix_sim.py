@@ -44,8 +44,7 @@ class KinetixSim(SimulatorNode):
             if tuple(theirs) != mine:
                 raise ConfigError(f"robot {config.robot}: {name} is {list(theirs)}, the level has {list(mine)}")
         self._joints = self.create_publisher(JointState, profile.joint_states_topic, sensor_qos(config.lockstep))
-        batch, _ = self._env.reset(1)
-        self._env.step(batch, np.zeros((1, len(self._env.action_names))), (0, 0))  # compiles
+        self._env.compile(1)
         self.start(profile, STEP_NS)
 
     def _begin(self, episode: int) -> tuple[Observation, EpisodeStatus]:

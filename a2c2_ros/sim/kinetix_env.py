@@ -161,6 +161,13 @@ class KinetixEnv:
         states = jax.tree.map(lambda values: jnp.broadcast_to(values, (count, *jnp.shape(values))), self._start)
         return Batch(states, np.arange(count)), np.tile(np.asarray(self._stock.get_obs(self._start)), (count, 1))
 
+    def compile(self, count: int) -> None:
+        """Compile what steps of so many environments need."""
+        batch, _ = self.reset(count)
+        idle = np.zeros((count, len(self.action_names)), np.float32)
+        for part in PARTS:
+            batch = self.step(batch, idle, (0, 0), going=np.arange(count) < count // part).batch
+
     def step(
         self,
         batch: Batch,

@@ -7,6 +7,7 @@ million.
 
 import dataclasses
 import json
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ def train_expert(env: KinetixEnv, config: ExpertConfig, out: Path, device: str =
     Returns:
         Success rate of the newest ``envs`` episodes when the stored weights had acted, with the exploration's noise.
     """
+    begun = time.perf_counter()
     torch.manual_seed(config.seed)
     expert = Expert(len(env.state_names), env.action_low, config.width)
     rollouts = Rollouts(env, config.envs, config.seed)
@@ -160,6 +162,7 @@ def train_expert(env: KinetixEnv, config: ExpertConfig, out: Path, device: str =
             "hyper_parameters": config,
             "success_rate": best_rate,
             "steps": history[-1]["steps"],
+            "seconds": time.perf_counter() - begun,
             "history": history,
         },
     )
