@@ -29,6 +29,8 @@ from a2c2_ros.training.dataset import load_demonstrations
 from a2c2_ros.training.kinetix_budget import Budget
 from a2c2_ros.training.kinetix_expert import Expert, ExpertConfig, advantages, load_expert, train_expert
 
+pytestmark = pytest.mark.timeout(600)  # the first test that asks for what is trained waits for it
+
 LEVELS = Path(kinetix.__path__[0]) / "levels"
 LEVEL = LEVELS / "s" / "h5_rotate_fall.json"
 TINY = Budget(
@@ -283,7 +285,6 @@ def test_a_level_has_a_robot_profile(trained, env):
     assert profile.control_rate_hz == 60.0
 
 
-@pytest.mark.timeout(200)
 def test_a_level_runs_in_the_nodes(trained, tmp_path):
     """Simulator, planner, controller and monitor over DDS, in lockstep, with what was trained."""
     pytest.importorskip("rclpy")
