@@ -180,7 +180,7 @@ class Ending:
     def reset(self, count):
         return 0, np.zeros((count, 1), np.float32)
 
-    def step(self, batch, action, seed, restart):
+    def step(self, batch, action, seed, restart=False):
         self.actions.append(action)
         ended = np.full(len(action), batch % 4 == 3)
         return Stepped(batch + 1, np.zeros((len(action), 1), np.float32), None, ended, ended & self._solved)
@@ -208,6 +208,13 @@ def test_an_expert_that_solves_nothing_gives_no_demonstrations(tmp_path):
     with pytest.raises(A2C2Error, match="0 episodes solved"):
         training.record(Ending(False), [expert], tmp_path / "data", 10, 3, 0)
     assert not (tmp_path / "data").exists()
+
+
+def test_an_expert_that_succeeds_by_chance_alone_is_refused(tmp_path):
+    expert = Expert(1, np.array([-1.0], np.float32), 8)
+    training.check_expert(Ending(True), expert, tmp_path, 4, 0)
+    with pytest.raises(A2C2Error, match="solves 0 of 4 episodes"):
+        training.check_expert(Ending(False), expert, tmp_path, 4, 0)
 
 
 def test_the_label_is_what_was_executed(tmp_path):

@@ -114,6 +114,7 @@ def evaluate(path: Path, out: Path, trained, args: argparse.Namespace, rollouts:
     from a2c2_ros.sim.kinetix_env import ACTION_NOISE, KinetixEnv
     from a2c2_ros.sim.kinetix_level import load_level
     from a2c2_ros.training.kinetix import expert_success
+    from a2c2_ros.training.kinetix_expert import load_expert
 
     policy = load_network(trained.policy).to(args.device)
     head = load_head(trained.head / "head.safetensors").to(args.device)
@@ -144,7 +145,8 @@ def evaluate(path: Path, out: Path, trained, args: argparse.Namespace, rollouts:
     if not result["expert"]:
         for variant, count in EXPERT_ROLLOUTS.items():
             computed = env if variant == env.variant else KinetixEnv(level, variant=variant)
-            solved, steps_per_s = expert_success(computed, out, count, EVALUATION_SEED + args.seed)
+            expert = load_expert(out / "expert0", computed)
+            solved, steps_per_s = expert_success(computed, expert, count, EVALUATION_SEED + args.seed)
             result["expert"][variant] = {**rate(solved, count), "steps_per_s": steps_per_s}
         save(file, result)
     for name in (name for name in args.methods if name not in result["methods"]):

@@ -44,6 +44,8 @@ PREFIX_SLOTS = 4
 """Longest delay of the grid."""
 TEMPERATURES = (1.0,)
 """Of the flow's noise: a lower one would make the policy a regression, which has no modes to switch between."""
+LEAST_SUCCESS = 0.5
+"""Of an expert without exploration."""
 DATA_SEED = 1_000_000
 """Of the demonstrations; the experts' training has the seeds below, the evaluation those above twice this."""
 
@@ -69,6 +71,7 @@ def train_level(path: Path, out: Path, budget: Budget, seed: int = 0, device: st
 
     Raises:
         ConfigError: If the level cannot be read, or the folder is of another budget.
+        A2C2Error: If the expert is not good enough to learn from.
     """
     out.mkdir(parents=True, exist_ok=True)
     training = {name: value for name, value in dataclasses.asdict(budget).items() if name != "rollouts"}
@@ -84,6 +87,8 @@ def train_level(path: Path, out: Path, budget: Budget, seed: int = 0, device: st
     data_root = out / "data"
     if not data_root.exists():
         actors = [load_expert(folder, env) for folder in experts]
+        for actor, folder in zip(actors, experts, strict=True):
+            check_expert(env, actor, folder, budget.envs, DATA_SEED + seed)
         record(env, actors, data_root, budget.data_steps, budget.envs, DATA_SEED + seed)
     trained = _train(data_root, out, budget, seed, device, workers)
     write_profile(env, out / PROFILE_FILE)  # last: where it is, a level can be run
@@ -240,9 +245,22 @@ def _train(data_root: Path, out: Path, budget: Budget, seed: int, device: str, w
     return found
 
 
-def expert_success(env: KinetixEnv, out: Path, rollouts: int, seed: int) -> tuple[int, float]:
-    """Successes of a level's first expert, without exploration, and environment steps per second."""
-    expert = load_expert(out / "expert0", env)
+def check_expert(env: KinetixEnv, expert: Expert, folder: Path, rollouts: int, seed: int) -> None:
+    """Refuse an expert that succeeds by its exploration alone: a head learns the mean of what the expert does.
+
+    Raises:
+        A2C2Error: If under half of the episodes are solved without exploration.
+    """
+    solved, _ = expert_success(env, expert, rollouts, seed)
+    if solved < LEAST_SUCCESS * rollouts:
+        raise A2C2Error(
+            f"{env.name}: without exploration the expert in {folder} solves {solved} of {rollouts} episodes, allowed "
+            f"are {LEAST_SUCCESS:.0%} or more; remove it and train longer, or with another --seed"
+        )
+
+
+def expert_success(env: KinetixEnv, expert: Expert, rollouts: int, seed: int) -> tuple[int, float]:
+    """Successes of an expert without exploration, and environment steps per second."""
     batch, state = env.reset(rollouts)
     over, solved = np.zeros(rollouts, dtype=bool), np.zeros(rollouts, dtype=bool)
     step = 0
