@@ -134,16 +134,6 @@ OF_PLANNER = (
 
 
 OF_POLICY = ("policy", "policy_path", "policy_config", "policy_device")
-OF_MONITOR = (
-    "episodes",
-    "seed",
-    "execution_horizon",
-    "inference_delay",
-    "inference_delay_jitter",
-    "chunking",
-    "correction",
-    "record",
-)
 OF_SIMULATOR = ("task", "episodes", "initial_state", "max_steps", "seed", "motion", "disturbance", "expert", "lockstep")
 
 
@@ -248,7 +238,6 @@ def real_robot(arguments: Mapping[str, Value]) -> System:
 
 KINETIX_SIM_DEFAULTS = {"horizon": 8, "execution_horizon": 4, "inference_delay": 4}
 """The longest delay of the paper's grid."""
-KINETIX_RATE_HZ = 60.0
 
 KINETIX_SIM_ARGUMENTS = (
     Argument("level", "", "Level file of Kinetix, JSON"),
@@ -270,7 +259,7 @@ def kinetix_sim(arguments: Mapping[str, Value]) -> System:
         arguments: Every argument of :data:`KINETIX_SIM_ARGUMENTS` with its value.
 
     Raises:
-        ConfigError: If the level or what was trained for it is missing, or values do not fit each other.
+        ConfigError: If the level or what was trained for it is missing or wrong, or values do not fit each other.
     """
     values, out = _with_run_folder(arguments)
     level = Path(values["level"]).resolve()
@@ -279,11 +268,10 @@ def kinetix_sim(arguments: Mapping[str, Value]) -> System:
         if not path.is_file():
             raise ConfigError(f"{path} is not a file; level is a file of Kinetix, models what make kinetix made for it")
     lockstep = {"lockstep": values["lockstep"], "use_sim_time": values["lockstep"]}
-    shared = {"robot": str(models / "robot.yaml"), "control_rate_hz": KINETIX_RATE_HZ} | lockstep
+    robot = {"robot": str(models / "robot.yaml")}
+    shared = robot | lockstep | {"control_rate_hz": load_profile(robot["robot"]).control_rate_hz}
     policy = {"policy": "flow", "policy_path": str(models / f"flow_{level.stem}"), "policy_config": ""}
     values |= policy | {"policy_device": "cpu", "head": str(models / f"mlp_{level.stem}" / "head.onnx")}
-    monitored = {name: values[name] for name in OF_MONITOR}
-    robot = {"robot": shared["robot"]}
     processes = [
         _process(
             "kinetix_sim",
@@ -291,7 +279,7 @@ def kinetix_sim(arguments: Mapping[str, Value]) -> System:
         ),
         _process("chunk_planner", _planner(values) | shared),
         _process("correction_controller", _correction(values) | shared),
-        _process("episode_monitor", {"out": str(out)} | monitored | robot | lockstep),
+        _process("episode_monitor", {"out": str(out)} | values | robot | lockstep),
     ]
     if values["record"]:
         processes.append(_process("episode_recorder", {"out": str(out), "use_sim_time": values["lockstep"]} | robot))

@@ -6,10 +6,28 @@ import time
 from pathlib import Path
 
 import onnx
+import yaml
 
 from a2c2_ros.core.manifest import HeadManifest
 from a2c2_ros.evaluation.worker import WorkerError
 from a2c2_ros.heads.onnx_head import save_graph
+
+
+def write_profile(path, state_names, action_names, lower, rate_hz):
+    """Robot profile of a simulated thing whose state is its joints' positions, like that of a Kinetix level."""
+    profile = {
+        "name": "point",
+        "simulated": True,
+        "joint_states": {"topic": "joint_states", "names": list(state_names)},
+        "state": "joint_position",
+        "action": {"space": "kinetix", "names": list(action_names)},
+        "rates": {"control_rate_hz": rate_hz},
+        "command": {"topic": "joint_command", "kind": "joint_state"},
+        "limits": {"lower": list(lower), "upper": [1.0] * len(action_names)},
+        "hold": {"kind": "delta"},
+        "max_age_s": {"joint_states": 0.1},
+    }
+    path.write_text(yaml.safe_dump(profile))
 
 
 def write_policy(folder, policy_id, horizon=50, prefix_slots=0):

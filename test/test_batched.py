@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import yaml
+from evaluation_fakes import write_profile
 
 torch = pytest.importorskip("torch")
 
@@ -235,19 +235,7 @@ def test_a_batch_sees_what_planner_and_control_loop_would_see(method, tmp_path):
     head = make_head(load_network(tmp_path / "policy"), config.policy_id)
     torch.nn.init.normal_(head.output[-1].weight, std=0.3)
     export(head, random_samples(manifest_of(head), 2), tmp_path / "head.onnx")
-    profile = {
-        "name": "point",
-        "simulated": True,
-        "joint_states": {"topic": "joint_states", "names": list(config.state_names)},
-        "state": "joint_position",
-        "action": {"space": config.action_space, "names": list(config.action_names)},
-        "rates": {"control_rate_hz": 1e9 / STEP_NS},
-        "command": {"topic": "joint_command", "kind": "joint_state"},
-        "limits": {"lower": [-1.0, 0.0], "upper": [1.0, 1.0]},
-        "hold": {"kind": "delta"},
-        "max_age_s": {"joint_states": 0.1},
-    }
-    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(profile))
+    write_profile(tmp_path / "robot.yaml", config.state_names, config.action_names, (-1.0, 0.0), 1e9 / STEP_NS)
     robot = load_profile(str(tmp_path / "robot.yaml")).robot
     world = Pushed()
     words = torch.tensor(InstructionEncoder().embed(""))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from evaluation_fakes import write_profile
 
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.errors import ConfigError
@@ -104,7 +105,7 @@ def test_a_kinetix_level_runs_with_what_was_trained_for_it(tmp_path):
     level.touch()
     with pytest.raises(ConfigError, match=r"robot\.yaml is not a file"):
         kinetix_sim(parse_arguments(KINETIX_SIM_ARGUMENTS, given))
-    (models / "robot.yaml").touch()
+    write_profile(models / "robot.yaml", ("x",), ("motor0",), (-1.0,), 60)
     run = kinetix_sim(parse_arguments(KINETIX_SIM_ARGUMENTS, given))
     nodes = {process.name: process.parameters for process in run.processes}
     assert nodes["kinetix_sim"]["level"] == str(level)

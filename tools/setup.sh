@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv from requirements.lock and builds the package with colcon into install/; skips what is done already.
-# GPU=1 installs ONNX Runtime with CUDA, KINETIX=1 the Kinetix benchmark, which then stays. With a ROS 2 sourced, that one is used; otherwise ROS 2 Kilted comes from wheels.
+# GPU=1 installs ONNX Runtime with CUDA, KINETIX=1 the Kinetix benchmark, which then stays. With a ROS 2 sourced, that one
+# is used; otherwise ROS 2 Kilted comes from wheels.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 prefix=$PWD/.venv

@@ -148,9 +148,10 @@ def run_method(
     for step in range(env.max_steps):
         now_ns, begun = (step + 1) * step_ns, time.perf_counter()
         seen = torch.tensor(state, device=device)
+        alive = ~over
         with torch.inference_mode():
             for cell in cells:
-                going = torch.tensor(~over[cell.rows], device=device)
+                going = torch.tensor(alive[cell.rows], device=device)
                 request = cell.schedule.begin(now_ns)
                 if request is not None:
                     _infer(cell, request, policy, seen[cell.rows], words[cell.rows], noise, going)
@@ -163,16 +164,16 @@ def run_method(
             inferred = time.perf_counter()
             action = base.clone()  # the simulator may keep it
             if method.corrected:
-                rows = torch.tensor(np.flatnonzero(~over), device=device)
+                rows = torch.tensor(np.flatnonzero(alive), device=device)
                 taken = latent[rows, : head.config.latent_dim], words[rows, : head.config.language_dim]
                 action[rows] += head.fuse({}, seen[rows], base[rows], taus[slots[rows]], *taken)
                 counts["corrections"] += len(rows)
             action = action.cpu().numpy()
         corrected = time.perf_counter()
-        stepped = env.step(batch, action, (seed, step), going=~over)
-        counts["steps"] += int((~over).sum())
+        stepped = env.step(batch, action, (seed, step), going=alive)
+        counts["steps"] += int(alive.sum())
         batch, state = stepped.batch, stepped.state
-        first = stepped.ended & ~over
+        first = stepped.ended & alive
         solved |= first & stepped.solved
         steps[first] = step + 1
         over |= first

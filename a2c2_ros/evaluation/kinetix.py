@@ -149,9 +149,11 @@ def evaluate(path: Path, out: Path, trained, args: argparse.Namespace, rollouts:
             solved, steps_per_s = expert_success(computed, expert, count, EVALUATION_SEED + args.seed)
             result["expert"][variant] = {**rate(solved, count), "steps_per_s": steps_per_s}
         save(file, result)
-    for name in (name for name in args.methods if name not in result["methods"]):
+    missing = [name for name in args.methods if name not in result["methods"]]
+    if missing:
+        env.compile(len(pairs) * rollouts)  # which is not to be timed
+    for name in missing:
         with tqdm(total=env.max_steps, unit="step", desc=f"{path.stem} {name}") as bar:
-            env.compile(len(pairs) * rollouts)  # which is not to be timed
             begun = time.perf_counter()
             outcome = run_method(
                 env, policy, head, METHODS[name], pairs, rollouts, EVALUATION_SEED + args.seed, language, bar

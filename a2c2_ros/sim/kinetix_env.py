@@ -16,7 +16,7 @@ from kinetix.environment.env import KinetixEnv as StockEnv
 from kinetix.environment.env_state import EnvParams, EnvState
 from kinetix.environment.spaces import ContinuousActions, KinetixObservation
 
-from a2c2_ros.sim.kinetix_level import Level, PrunedEngine, shrink
+from a2c2_ros.sim.kinetix_level import Level, PrunedEngine, movable, shrink
 
 ACTION_SPACE = "kinetix"
 CONTROL_RATE_HZ = 60
@@ -59,10 +59,7 @@ class Bodies(KinetixObservation):
         content = b"".join(np.asarray(values).tobytes() for values in jax.tree.leaves(level.start))
         self._identity = f"{variant} {hashlib.sha256(content).hexdigest()}"
         self._moving = {
-            kind: np.flatnonzero(
-                np.asarray(shapes.active)
-                & ((np.asarray(shapes.inverse_mass) != 0) | (np.asarray(shapes.inverse_inertia) != 0))
-            )
+            kind: np.flatnonzero(np.asarray(shapes.active) & movable(shapes))
             for kind, shapes in (("polygon", level.start.polygon), ("circle", level.start.circle))
         }
         numbers = {"polygon": level.polygons, "circle": level.circles}

@@ -174,6 +174,11 @@ class PrunedEngine(PhysicsEngine):
         )
 
 
+def movable(shapes) -> np.ndarray:
+    """(n,) bool, polygons or circles that forces can move."""
+    return (np.asarray(shapes.inverse_mass) != 0) | (np.asarray(shapes.inverse_inertia) != 0)
+
+
 @dataclass(frozen=True, eq=False)
 class _Bodies:
     active: np.ndarray
@@ -183,8 +188,7 @@ class _Bodies:
 
 
 def _bodies(shapes, roles: jax.Array) -> _Bodies:
-    moves = (np.asarray(shapes.inverse_mass) != 0) | (np.asarray(shapes.inverse_inertia) != 0)
-    return _Bodies(np.asarray(shapes.active), moves, np.asarray(shapes.collision_mode), np.asarray(roles))
+    return _Bodies(np.asarray(shapes.active), movable(shapes), np.asarray(shapes.collision_mode), np.asarray(roles))
 
 
 def _collide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
