@@ -26,7 +26,9 @@ class Peer:
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
 
-    def spin_until(self, condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
+    def spin_until(
+        self, condition: Callable[[], bool], what: str | Callable[[], str], timeout_s: float = TIMEOUT_S
+    ) -> None:
         def spun() -> bool:
             self._executor.spin_once(timeout_sec=0.02)
             return condition()
@@ -64,13 +66,16 @@ class System:
     def log(self, node: str) -> str:
         return (self._folder / f"{node}.log").read_text()
 
-    def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
+    def wait_for(
+        self, condition: Callable[[], bool], what: str | Callable[[], str], timeout_s: float = TIMEOUT_S
+    ) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             died = [node for node, process in self._processes.items() if process.poll()]
             if died or time.monotonic() > deadline:
                 logs = "\n".join(f"== {node}\n{self.log(node)}" for node in self._processes)
-                raise AssertionError(f"{what} did not happen within {timeout_s} s, died: {died}\n{logs}")
+                text = what if isinstance(what, str) else what()
+                raise AssertionError(f"{text} did not happen within {timeout_s} s, died: {died}\n{logs}")
             time.sleep(0.05)
 
     def stop(self, node: str, signal_number: int = signal.SIGTERM) -> int:

@@ -55,7 +55,7 @@ def test_every_topic_is_recorded_as_it_was_sent(system, tmp_path):
     planner = rclpy.create_node("chunk_planner", context=peer.node.context)
     planner.declare_parameter("inference_delay", 7)
     peer.node.executor.add_node(planner)
-    qos = reliable_qos(COUNT)  # also for what a robot sends best effort, so that nothing may be missing
+    qos = reliable_qos(COUNT)  # more than a robot offers, so that nothing may be missing
     topics = {
         "agentview/image": (Image, qos),
         "wrist/image": (CompressedImage, qos),  # the type is the publisher's
@@ -63,8 +63,8 @@ def test_every_topic_is_recorded_as_it_was_sent(system, tmp_path):
         "joint_command": (JointState, qos),
         "control_step": (ControlStep, qos),
         "takeover": (JointState, qos),
-        "action_chunk": (ActionChunk, latched_qos(2)),
-        "instruction": (String, latched_qos(1)),
+        "action_chunk": (ActionChunk, latched_qos(COUNT)),
+        "instruction": (String, latched_qos(COUNT)),
         "planner_status": (String, qos),  # not recorded
     }
     publishers = {name: peer.node.create_publisher(kind, name, qos) for name, (kind, qos) in topics.items()}
@@ -101,11 +101,13 @@ def test_every_topic_is_recorded_as_it_was_sent(system, tmp_path):
     peer.spin_until(heard, "the last messages")
     bag = tmp_path / "run" / "bag"
 
-    def everything() -> bool:
+    def missing() -> dict[str, int]:
         got = [message.topic for message in read_bag(bag)]
-        return all(got.count(name) >= len(messages) for name, messages in sent.items()) and "/parameter_events" in got
+        counts = {name: len(messages) - got.count(name) for name, messages in sent.items()}
+        counts["/parameter_events"] = int("/parameter_events" not in got)
+        return {name: count for name, count in counts.items() if count > 0}
 
-    peer.spin_until(everything, "all messages, in the file that is still written")
+    peer.spin_until(lambda: not missing(), lambda: f"what lacks in the file that is still written, {missing()},")
     planner.set_parameters([Parameter("inference_delay", value=9)])
 
     def change() -> bool:
@@ -141,6 +143,34 @@ def test_every_topic_is_recorded_as_it_was_sent(system, tmp_path):
         ticks = [reader.deserialize(data, c.msgtype).tick for c, _, data in reader.messages([connection])]
     assert ticks == list(range(COUNT))
     assert durability["/instruction"] == ["TRANSIENT_LOCAL"] and durability["/control_step"] == ["VOLATILE"]
+    planner.destroy_node()
+
+
+@pytest.mark.timeout(200)
+def test_a_lost_answer_of_the_planner_is_asked_for_again(system, tmp_path):
+    system, peer = system
+    planner = rclpy.create_node("chunk_planner", context=peer.node.context)
+    planner.declare_parameter("inference_delay", 7)
+    service = next(s for s in planner.services if s.srv_name.endswith("/list_parameters"))
+    system.start("episode_recorder", out=tmp_path / "run", min_free_mb=0)
+
+    def taken() -> bool:
+        with service.handle:
+            request, _ = service.handle.service_take_request(service.srv_type.Request)
+        return request is not None
+
+    peer.spin_until(taken, "the first question, which nobody answers")
+    peer.node.executor.add_node(planner)
+    bag = tmp_path / "run" / "bag"
+
+    def values() -> list[int]:
+        events = [deserialize_message(m.data, ParameterEvent) for m in read_bag(bag, ["/parameter_events"])]
+        items = [item for event in events if event.node == "/chunk_planner" for item in event.new_parameters]
+        return [item.value.integer_value for item in items if item.name == "inference_delay"]
+
+    peer.spin_until(lambda: bool(values()), "the planner's parameters in the bag")
+    assert system.stop("episode_recorder") == 0
+    assert values() == [7]
     planner.destroy_node()
 
 

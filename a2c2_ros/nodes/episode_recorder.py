@@ -36,6 +36,8 @@ NICENESS = 5
 """Whatever else needs the processor gets three times as much of it."""
 DISCOVERY_PERIOD_S = 0.1
 REPORT_PERIOD_S = 1.0
+ANSWER_TIMEOUT_S = 3.0
+"""An answer of the planner can be lost: a service that has not yet discovered its client answers nobody."""
 CLOSE_TIMEOUT_S = 20.0
 IMAGE_DEPTH = 60
 """Images that wait to be taken: two seconds."""
@@ -89,7 +91,8 @@ class EpisodeRecorder(PlainNode):
             raise ConfigError(f"out is {config.out!r}, no bag can be written there: {error}") from error
         self._recorder = Recorder(bag, config.max_queue_mb * MB, config.min_free_mb * MB)
         self._planner = AsyncParameterClient(self, PLANNER)
-        self._planner_asked = False
+        self._planner_asked_ns: int | None = None  # None: it has to be asked
+        self._planner_answered = False
         self._diagnostics = self.create_publisher(DiagnosticArray, DIAGNOSTICS, reliable_qos(10))
         self.create_timer(DISCOVERY_PERIOD_S, self._discover, clock=self.system_clock)
         self.create_timer(REPORT_PERIOD_S, self._report, clock=self.system_clock)
@@ -160,17 +163,24 @@ class EpisodeRecorder(PlainNode):
 
     def _ask_planner(self) -> None:
         """Ask for what /parameter_events does not tell: the values at start. Asked again when the planner is back."""
-        ready = self._planner.services_are_ready() and PARAMETER_EVENTS in self._topics
-        if ready and not self._planner_asked:
-            self._planner.list_parameters().add_done_callback(self._ask_values)
-        self._planner_asked = ready
+        if not (self._planner.services_are_ready() and PARAMETER_EVENTS in self._topics):
+            self._planner_asked_ns, self._planner_answered = None, False
+            return
+        now_ns = self.system_clock.now().nanoseconds
+        asked_ns = self._planner_asked_ns
+        if asked_ns is None or (not self._planner_answered and now_ns > asked_ns + ANSWER_TIMEOUT_S * 1e9):
+            self._planner_asked_ns = now_ns
+            self._planner.list_parameters().add_done_callback(partial(self._ask_values, now_ns))
 
-    def _ask_values(self, listed: Future) -> None:
+    def _ask_values(self, asked_ns: int, listed: Future) -> None:
         names = listed.result().result.names
-        self._planner.get_parameters(names).add_done_callback(partial(self._take_values, names))
+        self._planner.get_parameters(names).add_done_callback(partial(self._take_values, asked_ns, names))
 
-    def _take_values(self, names: Sequence[str], got: Future) -> None:
+    def _take_values(self, asked_ns: int, names: Sequence[str], got: Future) -> None:
         """Written as the event that the planner published at its start, so that all parameters are read alike."""
+        if self._planner_answered or asked_ns != self._planner_asked_ns:
+            return
+        self._planner_answered = True
         now = self.get_clock().now()
         values = [Parameter(name=name, value=value) for name, value in zip(names, got.result().values)]
         event = ParameterEvent(stamp=now.to_msg(), node=self.resolve_topic_name(PLANNER), new_parameters=values)
