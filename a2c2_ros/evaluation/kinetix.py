@@ -26,7 +26,7 @@ from a2c2_ros.training.kinetix_budget import BUDGETS
 
 DELAYS = range(5)
 KINETIX_METHODS = ("naive", "rtc", "tt_rtc", "a2c2", "rtc+a2c2", "tt_rtc+a2c2")
-SMALL_LEVELS = ("h17_unicycle", "cartpole_thrust", "hard_lunar_lander", "trampoline")
+SMALL_LEVELS = ("h17_unicycle", "cartpole_thrust", "hard_lunar_lander", "mjc_half_cheetah")
 EVALUATION_SEED = 2_000_000
 EXPERT_ROLLOUTS = {"stock": 64, "shrunk": 64, "pruned": 256}
 """By variant of the environment."""
