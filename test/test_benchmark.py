@@ -293,7 +293,9 @@ def test_quick_run_end_to_end(tmp_path):
         assert abs(cell["n"] + cell["missed_ticks"] - cell["window_s"] * cell["rate_hz"]) <= 3, cell
         if cell["loop"] == report.BASELINE and not cell["n"]:
             continue  # MultiThreadedExecutor of rclpy before 2026 may stop altogether, see docs/real_time.md
-        assert ("RUNNING" in cell["states"]) == (cell["head"] != "none"), cell  # how often is up to the machine's load
+        # Which of its ticks a loop corrects is up to the machine's load; that it moves the robot in most is not.
+        assert ("RUNNING" in cell["states"]) == (cell["head"] != "none"), cell
+        assert max(cell["states"], key=cell["states"].get) in ("BASE_ONLY", "RUNNING"), cell
         assert cell["joint_age_ms"]["p50"] > 0.0
         assert 0.0 < cell["cpu_share"] < 2.5
         assert (cell["head_ms"] is None) == (cell["head"] == "none")

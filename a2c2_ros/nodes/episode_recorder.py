@@ -1,6 +1,7 @@
 """Node ``episode_recorder``: everything of a run into a rosbag2 (MCAP), as the bytes that came over the wire."""
 
 import importlib
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -91,8 +92,7 @@ class EpisodeRecorder(PlainNode):
             raise ConfigError(f"out is {config.out!r}, no bag can be written there: {error}") from error
         self._recorder = Recorder(bag, config.max_queue_mb * MB, config.min_free_mb * MB)
         self._planner = AsyncParameterClient(self, PLANNER)
-        self._planner_asked_ns: int | None = None  # None: it has to be asked
-        self._planner_answered = False
+        self._ask_planner_at_ns = 0.0  # infinite when it has answered
         self._diagnostics = self.create_publisher(DiagnosticArray, DIAGNOSTICS, reliable_qos(10))
         self.create_timer(DISCOVERY_PERIOD_S, self._discover, clock=self.system_clock)
         self.create_timer(REPORT_PERIOD_S, self._report, clock=self.system_clock)
@@ -164,23 +164,22 @@ class EpisodeRecorder(PlainNode):
     def _ask_planner(self) -> None:
         """Ask for what /parameter_events does not tell: the values at start. Asked again when the planner is back."""
         if not (self._planner.services_are_ready() and PARAMETER_EVENTS in self._topics):
-            self._planner_asked_ns, self._planner_answered = None, False
+            self._ask_planner_at_ns = 0.0
             return
         now_ns = self.system_clock.now().nanoseconds
-        asked_ns = self._planner_asked_ns
-        if asked_ns is None or (not self._planner_answered and now_ns > asked_ns + ANSWER_TIMEOUT_S * 1e9):
-            self._planner_asked_ns = now_ns
-            self._planner.list_parameters().add_done_callback(partial(self._ask_values, now_ns))
+        if now_ns >= self._ask_planner_at_ns:
+            self._ask_planner_at_ns = again_ns = now_ns + ANSWER_TIMEOUT_S * 1e9
+            self._planner.list_parameters().add_done_callback(partial(self._ask_values, again_ns))
 
-    def _ask_values(self, asked_ns: int, listed: Future) -> None:
+    def _ask_values(self, again_ns: float, listed: Future) -> None:
         names = listed.result().result.names
-        self._planner.get_parameters(names).add_done_callback(partial(self._take_values, asked_ns, names))
+        self._planner.get_parameters(names).add_done_callback(partial(self._take_values, again_ns, names))
 
-    def _take_values(self, asked_ns: int, names: Sequence[str], got: Future) -> None:
+    def _take_values(self, again_ns: float, names: Sequence[str], got: Future) -> None:
         """Written as the event that the planner published at its start, so that all parameters are read alike."""
-        if self._planner_answered or asked_ns != self._planner_asked_ns:
+        if again_ns != self._ask_planner_at_ns:  # answered already, or to an older question
             return
-        self._planner_answered = True
+        self._ask_planner_at_ns = math.inf
         now = self.get_clock().now()
         values = [Parameter(name=name, value=value) for name, value in zip(names, got.result().values)]
         event = ParameterEvent(stamp=now.to_msg(), node=self.resolve_topic_name(PLANNER), new_parameters=values)
