@@ -283,9 +283,11 @@ def targets_section(results: Results) -> str:
 
 def left_out_section(results: Results) -> str:
     """Every cell that has no number of its own, and why; exceptions."""
+    done = {result["cell"] for result in results.all()}
     reasons: dict[str, list[str]] = {}
     for entry in results.left_out:
-        reasons.setdefault(entry.reason, []).append(entry.cell.name)
+        if entry.cell.name not in done:  # whose weights may be elsewhere by now
+            reasons.setdefault(entry.reason, []).append(entry.cell.name)
     for name, reason in results.stale.items():
         reasons.setdefault(f"the result is of other settings ({reason})", []).append(name)
     lines = [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
@@ -293,9 +295,8 @@ def left_out_section(results: Results) -> str:
         if errors := [r["error"] for r in result["rollouts"] if r["error"] is not None]:
             kinds = "; ".join(sorted(set(errors)))
             lines.append(f"- {result['cell']}: {len(errors)} exceptions, not counted as failures: {kinds}")
-    names = {cell.name for cell, _ in results.cells}
-    run = sum(result["cell"] in names for result in results.all())
-    return "\n".join([f"{run} of {len(names)} cells are complete.", *([""] if lines else []), *lines])
+    names = {cell.name for cell, _ in results.cells} | done
+    return "\n".join([f"{len(done)} of {len(names)} cells are complete.", *([""] if lines else []), *lines])
 
 
 def speed_section(results: Results) -> str:
