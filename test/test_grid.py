@@ -384,6 +384,16 @@ def fake_result(folder, method, horizon, delay, successes):
     cells.write_result(folder / "results" / f"{cell.name}.json", result)
 
 
+def test_a_result_whose_weights_are_gone_is_not_listed_as_left_out(folder):
+    loaded = grid.load_grid(folder / "grid.yaml")
+    fake_result(folder, "a2c2", 40, 10, 9)
+    (folder / "head.onnx").unlink()
+    report.write(loaded)
+    listed = (folder / "page.md").read_text().partition("cells are complete.")
+    assert listed[0].rsplit(maxsplit=3)[-3] == "1"
+    assert "a2c2_e40_d10" not in listed[2] and "a2c2_e10_d0" in listed[2]
+
+
 def test_targets_are_met_missed_or_not_run(folder):
     loaded = grid.load_grid(folder / "grid.yaml")
     for method, e, d, successes in (
