@@ -11,7 +11,7 @@ from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.paths import share_directory
-from a2c2_ros.sim.conventions import MAX_STEPS, MOTIONS
+from a2c2_ros.sim.conventions import MAX_STEPS, MOTIONS, SUITE, SUITES
 
 Value = bool | int | float | str
 
@@ -134,7 +134,9 @@ OF_PLANNER = (
 
 
 OF_POLICY = ("policy", "policy_path", "policy_config", "policy_device")
-OF_SIMULATOR = ("task", "episodes", "initial_state", "max_steps", "seed", "motion", "disturbance", "expert", "lockstep")
+OF_SIMULATOR = (
+    *("task", "episodes", "initial_state", "max_steps", "seed", "motion", "suite", "disturbance", "expert", "lockstep"),
+)
 
 
 def _of_planner(name: str, default: Value | None = None) -> Argument:
@@ -151,6 +153,7 @@ LIBERO_SIM_ARGUMENTS = (
     Argument("seed", 0, "Seed of the fixtures, the policy's noise and the delay's jitter", 0, 2**31 - 1),
     *map(_of_planner, OF_PLANNER),
     Argument("motion", "none", "What the plate does: nothing, slide all the time, or once", texts=MOTIONS),
+    Argument("suite", SUITE, "LIBERO Spatial, or its form with two objects in each other's place", texts=SUITES),
     Argument("disturbance", 0.0, "Strength of pushes that the arm gets now and then", 0.0, 1.0),
     Argument("expert", False, "Publish what the scripted expert would do as expert_action, for training"),
     Argument("head", "", "ONNX head, as correction.model_path; empty: that of config/correction_controller.yaml"),

@@ -1,5 +1,6 @@
 """Training on from a head, and the command that closes the loop."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,24 +125,50 @@ def test_the_steps_are_commands_that_exist(tmp_path, monkeypatch):
     argv = ["--out", str(tmp_path / "out"), "--tasks", "0,3", "--disturbance", "0.5", "--steps", "7", "--old", "none"]
     args = retrain.parser().parse_args(argv)
     steps = {step.name: step for step in retrain.commands(args, argv)}
-    assert list(steps) == ["before", "record", "convert", "train", "swap", "after"]
-    before, after = (evaluation.parser().parse_args(steps[name].command[1:]) for name in ("before", "after"))
-    assert before.variant == after.variant == "drift+0.5" and before.head != after.head
-    converted = from_bag.parser().parse_args(steps["convert"].command[1:])
+    rounds = [f"{name}_{number}" for number in (1, 2) for name in ("record", "convert", "train", "after")]
+    assert list(steps) == ["before", *rounds, "swap", "static_before", "static_after"]
+    names = ("before", "after_1", "after_2", "static_before", "static_after")
+    evaluated = {name: evaluation.parser().parse_args(steps[name].command[1:]) for name in names}
+    assert [e.variant for e in evaluated.values()] == ["swap+0.5"] * 3 + ["static"] * 2
+    first, second, third, *unchanged = (e.head for e in evaluated.values())
+    assert len({first, second, third}) == 3 and unchanged == [first, third]
+    converted = from_bag.parser().parse_args(steps["convert_1"].command[1:])
     assert [bag.parent.name for bag in converted.bags] == ["task00", "task03"] and converted.label == "expert"
-    trained = train_head.parser().parse_known_args(steps["train"].command[1:])[0]
-    assert trained.data == [tmp_path / "out" / "data"], "there is no old data"
-    assert trained.init.name == "head.safetensors" and trained.out / "head.onnx" == Path(after.head)
+    trained = [train_head.parser().parse_known_args(steps[f"train_{n}"].command[1:])[0] for n in (1, 2)]
+    data = [tmp_path / "out" / f"round{n}" / "data" for n in (1, 2)]
+    assert trained[0].data == data[:1] and trained[1].data == data, "there is no old data"
+    assert trained[0].init.name == "head.safetensors" and trained[1].init.parent == trained[0].out
+    assert [each.out / "head.onnx" for each in trained] == [Path(second), Path(third)]
     table, _ = SYSTEMS["libero_sim"]
-    texts = retrain.arguments_of(args, 3, tmp_path, record="true", expert="true")[1:]
-    values = parse_arguments(table, dict(text.split(":=", 1) for text in texts))
-    assert values["expert"] and values["initial_state"] == -2 and values["disturbance"] == 0.5
-    assert values["seed"] >= retrain.FIRST_SEED, "not the placements of an evaluation"
+    values = {}
+    for key in itertools.product((1, 2), (3, 4)):
+        texts = retrain.arguments_of(args, *key, tmp_path, record="true", expert="true")[1:]
+        values[key] = parse_arguments(table, dict(text.split(":=", 1) for text in texts))
+    value = values[1, 3]
+    assert value["expert"] and value["initial_state"] == -2 and value["disturbance"] == 0.5
+    assert value["suite"] == "libero_spatial_swap" and value["motion"] == "none"
+    assert Path(values[2, 3]["head"]) == Path(second), "a round records with the head of the last one"
+    seeds = sorted(value["seed"] for value in values.values())
+    assert seeds[0] >= retrain.FIRST_SEED, "not the placements of an evaluation"
+    assert all(b - a >= retrain.MAX_EPISODES for a, b in itertools.pairwise(seeds)), "each placement is recorded once"
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (("--disturbance", "2"), "variant is 'swap+2', allowed is a strength of 0 to 1"),
+        (("--rounds", "0"), "--rounds is 0, allowed is 1 to 10"),
+        (("--episodes", "1001"), "--episodes is 1001, allowed is 1 to 1000"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_runs(given, error, tmp_path, capsys):
+    assert retrain.main(["--out", str(tmp_path / "out"), *given]) == 2
+    assert error in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    argv = ["--tasks", "0", "--evaluations", "4", "--old", "none"]
+    argv = ["--tasks", "0", "--evaluations", "4", "--rounds", "1", "--old", "none"]
     total = {"wilson_95": [0.1, 0.9], "episodes": 4}
 
     def evaluated(successes):
@@ -151,9 +178,11 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
 
     content = {
         "before": evaluated(1),
-        "after": evaluated(3),
-        "record": [{"result": "success"}, {"result": "failure"}],
-        "train": {"steps": 1, "seconds": 1, "data_sets": [], "hyper_parameters": {}, "history": [{"error_data0": 0.5}]},
+        "after_1": evaluated(3),
+        "static_before": evaluated(4),
+        "static_after": evaluated(3),
+        "record_1": [{"result": "success"}, {"result": "failure"}],
+        "train_1": {"steps": 1, "seconds": 1, "data_sets": [], "hyper_parameters": {}, "history": [{"error_data0": 0.5}]},
         "swap": {"while_loading": {"missed_ticks": 0}},
     }
     ran = []
@@ -166,9 +195,9 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
             return SimpleNamespace(returncode=1)
         step.product.parent.mkdir(parents=True, exist_ok=True)
         step.product.write_text(json.dumps(content.get(name, {})))
-        if name == "train":
+        if name == "train_1":
             (step.product.parent / "training.json").write_text(json.dumps(content[name]))
-        if name == "convert":
+        if name == "convert_1":
             numbers = dict.fromkeys(("frames", "seconds_recorded", "seconds", "times_real_time"), 1)
             bags = [{"parity": {"compared": 9, "differing": []}}]
             (step.product.parents[1] / "from_bag.json").write_text(json.dumps(numbers | {"bags": bags}))
@@ -176,10 +205,13 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
 
     monkeypatch.setattr(retrain, "subprocess", SimpleNamespace(run=run))
     assert retrain.main(argv) == 1 and ran[-1] == "swap"
-    assert retrain.main(argv) == 0 and ran.count("before") == 1 and ran[-2:] == ["swap", "after"]
+    assert retrain.main(argv) == 0 and ran.count("before") == 1
+    assert ran[-3:] == ["swap", "static_before", "static_after"]
     result = json.loads(Path("results/retrain.json").read_text())
-    assert result["difference"]["points"] == 50.0 and result["recorded"] == {"episodes": 2, "successes": 1}
-    assert result["training"]["history"] == [{"error_data0": 0.5}]  # how far the old data is forgotten
-    assert not result["training"]["with_old_data"] and "alone" in capsys.readouterr().out
+    (only,) = result["rounds"]
+    assert only["difference"]["points"] == 50.0 and only["recorded"] == {"episodes": 2, "successes": 1}
+    assert only["training"]["history"] == [{"error_data0": 0.5}]  # how far the old data is forgotten
+    assert result["static"]["difference"]["points"] == -25.0  # and what it costs
+    assert not result["with_old_data"] and "alone" in capsys.readouterr().out
     assert retrain.main([*argv, "--evaluations", "5"]) == 2
     assert "evaluations: there 4, here 5" in capsys.readouterr().err

@@ -32,9 +32,13 @@ EXPERT = "expert"
 METHOD_NAMES = (EXPERT, *METHODS)
 STATIC, SWAP = "static", "swap"
 """Variants in which nothing moves but the robot: LIBERO's own placements, and those of LIBERO-PRO with two objects in
-each other's place. Any other name is a motion of ``sim.libero_env``."""
+each other's place. The others are the motions of ``sim.libero_env``."""
 DISTURBED = "+"
 """After the variant's name: the strength of pushes that the arm gets (``sim.disturbance``), as in ``drift+0.5``."""
+VARIANTS = {STATIC: {}, SWAP: {"suite": conventions.SWAP_SUITE}} | {
+    motion: {"motion": motion} for motion in conventions.MOTIONS if motion != "none"
+}
+"""Arguments of ``LiberoEnv``."""
 SPLITS = ("test", "development")
 """Test: the official initial states. Development: sampled placements, to choose by. Demonstrations have others."""
 DEVELOPMENT_SEEDS = 2**31
@@ -106,13 +110,35 @@ class Cell:
         )
 
 
+def parse_variant(variant: str) -> tuple[dict[str, str], float]:
+    """What a variant is made of.
+
+    Returns:
+        Arguments of ``LiberoEnv``, by the same names of ``libero_sim``; and the strength of pushes on the arm, 0 to 1.
+
+    Raises:
+        ConfigError: If there is no such variant or strength.
+    """
+    name, pushed, strength = variant.partition(DISTURBED)
+    if name not in VARIANTS:
+        raise ConfigError(f"variant is {variant!r}, allowed are {list(VARIANTS)}, with pushes as in 'drift+0.5'")
+    try:
+        value = float(strength) if pushed else 0.0
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"variant is {variant!r}, allowed is a strength of 0 to 1 after {DISTURBED!r}")
+    return VARIANTS[name], value
+
+
 def check_cell(cell: Cell) -> None:
     """Check all that can be known before the first episode.
 
     Raises:
-        ConfigError: If e, d, H and the policy do not go together, or a file is missing.
+        ConfigError: If e, d, H and the policy do not go together, there is no such variant, or a file is missing.
         ManifestError: If the head is damaged or of another policy.
     """
+    parse_variant(cell.variant)
     if cell.method == EXPERT:
         return
     config, facts = cell.planner_config(), policy_facts(cell.policy)

@@ -21,10 +21,9 @@ from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.evaluation.cells import DISTURBED, EXPERT, STATIC, SWAP, Cell
+from a2c2_ros.evaluation.cells import EXPERT, STATIC, Cell, parse_variant
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.lerobot_files import is_checkpoint
-from a2c2_ros.sim import conventions
 
 MODELS_KEPT = 2
 """Policies, and heads, that stay loaded; a row usually runs for several cells."""
@@ -174,10 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from a2c2_ros.sim.libero_env import LiberoEnv
 
     try:
-        known = {STATIC: {}, SWAP: {"suite": conventions.SWAP_SUITE}}
-        variant, _, strength = args.variant.partition(DISTURBED)
-        with LiberoEnv(args.task, **known.get(variant, {"motion": variant})) as env:
-            serve(Disturbed(env, float(strength)) if strength else env, sys.stdin, replies)
+        arguments, strength = parse_variant(args.variant)
+        with LiberoEnv(args.task, **arguments) as env:
+            serve(Disturbed(env, strength) if strength else env, sys.stdin, replies)
     except A2C2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

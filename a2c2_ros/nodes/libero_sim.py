@@ -39,6 +39,12 @@ class SimConfig(SimulatorConfig):
         choices=conventions.MOTIONS,
         dynamic=False,
     )
+    suite: str = parameter(
+        conventions.SUITE,
+        "LIBERO Spatial, or LIBERO-PRO's form of it with two objects in each other's place",
+        choices=conventions.SUITES,
+        dynamic=False,
+    )
     disturbance: float = parameter(
         0.0, "Strength of pushes that the arm gets now and then, drawn from the seed", low=0.0, high=1.0, dynamic=False
     )
@@ -95,7 +101,7 @@ class LiberoSim(SimulatorNode):
         if self._env is not None and self._env.task != task:
             self._finish()
         if self._env is None:
-            self._env = Disturbed(LiberoEnv(task, motion=config.motion), config.disturbance)
+            self._env = Disturbed(LiberoEnv(task, motion=config.motion, suite=config.suite), config.disturbance)
         if state == -1:
             state = episode % self._env.n_initial_states
         seed = config.seed + episode

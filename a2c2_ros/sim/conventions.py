@@ -6,6 +6,7 @@ from a2c2_ros.core.errors import ConfigError
 
 SUITE = "libero_spatial"
 SWAP_SUITE = "libero_spatial_swap"
+SUITES = (SUITE, SWAP_SUITE)
 """LIBERO-PRO's variant: the same tasks, with two of the objects in each other's place."""
 TASKS = range(10)
 """Task numbers of the suite, in LIBERO's task order 0."""

@@ -50,7 +50,7 @@ class LiberoEnv:
         render: False leaves the images out and makes a step several times cheaper.
         full_meshes: True draws LIBERO's meshes as they are, four times slower; see ``sim.meshes``.
         motion: One of ``conventions.MOTIONS``.
-        suite: ``conventions.SUITE`` or ``SWAP_SUITE``.
+        suite: One of ``conventions.SUITES``.
 
     Raises:
         SimulationError: If there is no such task, motion or suite, or the renderer cannot be made.
@@ -70,8 +70,8 @@ class LiberoEnv:
             raise SimulationError(f"unknown task {task!r} of {c.SUITE}, allowed are the integers 0 to {c.TASKS[-1]}")
         if motion not in c.MOTIONS:
             raise SimulationError(f"motion is {motion!r}, allowed are {c.MOTIONS}")
-        if suite not in (c.SUITE, c.SWAP_SUITE):
-            raise SimulationError(f"suite is {suite!r}, allowed are {c.SUITE!r} and {c.SWAP_SUITE!r}")
+        if suite not in c.SUITES:
+            raise SimulationError(f"suite is {suite!r}, allowed are {c.SUITES}")
         self.task = int(task)
         self.motion = motion
         self.image_size = int(image_size)
