@@ -39,7 +39,7 @@ SWAP_STEPS = 100
 """Control steps that are watched before and after the swap."""
 SWAP_TIMEOUT_S = 600.0
 SETTINGS = (
-    *("tasks", "rounds", "episodes", "evaluations", "variant", "disturbance"),
+    *("tasks", "rounds", "episodes", "record_steps", "evaluations", "variant", "disturbance"),
     *("e", "d", "seed", "minutes", "steps", "policy"),
 )
 MAX_ROUNDS, MAX_EPISODES = 10, 1000
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tasks", default="0,2,5,7-9", help="task numbers, e.g. 0-3,7")
     p.add_argument("--rounds", type=int, default=2, help="of recording and training")
     p.add_argument("--episodes", type=int, default=20, help="recorded episodes per task and round")
+    p.add_argument("--record-steps", type=int, default=120, help="step limit of a recorded episode")
     p.add_argument("--evaluations", type=int, default=10, help="initial states per task, before and after")
     p.add_argument("--e", type=int, default=40, help="execution horizon e [steps]")
     p.add_argument("--d", type=int, default=10, help="injected inference delay d [steps]")
@@ -233,7 +234,10 @@ def record_task(args: argparse.Namespace, task: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     os.environ["ROS_DOMAIN_ID"] = own_domain(task)
     if code := bringup.main(
-        arguments_of(args, args.round, task, partial, episodes=args.episodes, record="true", expert="true")
+        arguments_of(
+            *(args, args.round, task, partial),
+            **{"episodes": args.episodes, "max_steps": args.record_steps, "record": "true", "expert": "true"},
+        )
     ):
         raise A2C2Error(f"the run of task {task} ended with {code}")
     partial.rename(folder)
