@@ -135,7 +135,8 @@ OF_PLANNER = (
 
 OF_POLICY = ("policy", "policy_path", "policy_config", "policy_device")
 OF_SIMULATOR = (
-    *("task", "episodes", "initial_state", "max_steps", "seed", "motion", "suite", "disturbance", "expert", "lockstep"),
+    *("task", "episodes", "initial_state", "max_steps", "seed", "motion", "suite", "disturbance", "expert"),
+    *("takeover_after_steps", "lockstep"),
 )
 
 
@@ -156,6 +157,9 @@ LIBERO_SIM_ARGUMENTS = (
     Argument("suite", SUITE, "LIBERO Spatial, or its form with two objects in each other's place", texts=SUITES),
     Argument("disturbance", 0.0, "Strength of pushes that the arm gets now and then", 0.0, 1.0),
     Argument("expert", False, "Publish what the scripted expert would do as expert_action, for training"),
+    Argument(
+        "takeover_after_steps", -1, "Then the scripted expert commands, as a person would; -1: never", -1, 100_000
+    ),
     Argument("head", "", "ONNX head, as correction.model_path; empty: that of config/correction_controller.yaml"),
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
     Argument("lockstep", True, "The simulation waits for every command; false: it runs on the clock"),

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from bag_writer import make_head, record, write_profile
 
-from a2c2_ros.core.errors import ConfigError, SimulationError
+from a2c2_ros.core.errors import A2C2Error, ConfigError, SimulationError
 from a2c2_ros.evaluation import libero as evaluation
 from a2c2_ros.heads.base import load_head, manifest_of, save_head
 from a2c2_ros.heads.export import to_onnx
@@ -157,7 +157,7 @@ def test_the_steps_are_commands_that_exist(tmp_path, monkeypatch):
     ("given", "error"),
     [
         (("--disturbance", "2"), "variant is 'swap+2', allowed is a strength of 0 to 1"),
-        (("--rounds", "0"), "--rounds is 0, allowed is 1 to 10"),
+        (("--rounds", "policy,person"), "--rounds is 'policy,person', allowed is a list of up to 10 of"),
         (("--episodes", "1001"), "--episodes is 1001, allowed is 1 to 1000"),
     ],
 )
@@ -166,9 +166,22 @@ def test_a_wrong_value_is_refused_before_anything_runs(given, error, tmp_path, c
     assert error in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("number", "steps", "takeover"), [(1, 120, -1), (2, 160, 40)])
+def test_a_person_takes_over_in_the_rounds_that_say_so(number, steps, takeover, tmp_path, monkeypatch):
+    argv = ["--out", str(tmp_path), "--round", str(number)]
+    given = []
+    monkeypatch.setattr(retrain.bringup, "main", lambda texts: given.extend(texts) or 1)
+    monkeypatch.setenv("ROS_DOMAIN_ID", "7")
+    with pytest.raises(A2C2Error, match="task 5 ended with 1"):
+        retrain.record_task(retrain.parser().parse_args(argv), 5)
+    table, _ = SYSTEMS["libero_sim"]
+    values = parse_arguments(table, dict(text.split(":=", 1) for text in given[1:]))
+    assert (values["max_steps"], values["takeover_after_steps"]) == (steps, takeover) and values["record"]
+
+
 def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    argv = ["--tasks", "0", "--evaluations", "4", "--rounds", "1", "--old", "none"]
+    argv = ["--tasks", "0", "--evaluations", "4", "--rounds", "takeover", "--old", "none"]
     total = {"wilson_95": [0.1, 0.9], "episodes": 4}
 
     def evaluated(successes):
@@ -182,7 +195,13 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
         "static_before": evaluated(4),
         "static_after": evaluated(3),
         "record_1": [{"result": "success"}, {"result": "failure"}],
-        "train_1": {"steps": 1, "seconds": 1, "data_sets": [], "hyper_parameters": {}, "history": [{"error_data0": 0.5}]},
+        "train_1": {
+            "steps": 1,
+            "seconds": 1,
+            "data_sets": [],
+            "hyper_parameters": {},
+            "history": [{"error_data0": 0.5}],
+        },
         "swap": {"while_loading": {"missed_ticks": 0}},
     }
     ran = []
@@ -209,7 +228,11 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
     assert ran[-3:] == ["swap", "static_before", "static_after"]
     result = json.loads(Path("results/retrain.json").read_text())
     (only,) = result["rounds"]
-    assert only["difference"]["points"] == 50.0 and only["recorded"] == {"episodes": 2, "successes": 1}
+    assert only["difference"]["points"] == 50.0 and only["recorded"] == {
+        "acting": "takeover",
+        "episodes": 2,
+        "successes": 1,
+    }
     assert only["training"]["history"] == [{"error_data0": 0.5}]  # how far the old data is forgotten
     assert result["static"]["difference"]["points"] == -25.0  # and what it costs
     assert not result["with_old_data"] and "alone" in capsys.readouterr().out

@@ -51,6 +51,14 @@ class SimConfig(SimulatorConfig):
     expert: bool = parameter(
         False, "Publish what the scripted expert would do as expert_action, for training", dynamic=False
     )
+    takeover_after_steps: int = parameter(
+        -1,
+        "After so many steps of an episode the scripted expert commands by the topic takeover, as a person would; "
+        "-1: never",
+        low=-1,
+        high=100_000,
+        dynamic=False,
+    )
     max_steps: int = parameter(conventions.MAX_STEPS, "Step limit of an episode", low=1, high=100_000, dynamic=False)
     robot: str = parameter("libero", "Robot profile: a name in config/robots or a path", dynamic=False)
 
@@ -65,6 +73,7 @@ class LiberoSim(SimulatorNode):
         self._env: Disturbed | None = None
         self._labeller = None
         self._label: np.ndarray | None = None  # the expert's action for the present observation
+        self._looks = 0  # observations of the episode
         self._task = config.task
         self._requested_state = config.initial_state
         qos = sensor_qos(config.lockstep)
@@ -72,6 +81,8 @@ class LiberoSim(SimulatorNode):
         self._joints = self.create_publisher(JointState, profile.joint_states_topic, qos)
         self._pose = self.create_publisher(PoseStamped, profile.ee_pose_topic, qos)
         self._expert = self.create_publisher(JointState, "expert_action", reliable_qos(100)) if config.expert else None
+        takes_over = config.takeover_after_steps >= 0
+        self._takeover = self.create_publisher(JointState, "takeover", reliable_qos(1)) if takes_over else None
         self.create_service(SetTask, "~/set_task", self._on_set_task)
         self.start(profile, conventions.STEP_NS)
 
@@ -106,11 +117,13 @@ class LiberoSim(SimulatorNode):
             state = episode % self._env.n_initial_states
         seed = config.seed + episode
         observation = self._env.reset(None if state < 0 else state, seed)
-        self._labeller, self._label = Labeller(self._env) if config.expert else None, None
+        self._labeller, self._label = Labeller(self._env) if self._expert or self._takeover else None, None
+        self._looks = 0
         return observation, EpisodeStatus(task=task, initial_state=state, instruction=self._env.instruction, seed=seed)
 
     def _look(self, observation: Observation) -> None:
         self._label = self._labeller.label(observation) if self._labeller else None
+        self._looks += 1
 
     def _step(self, action: np.ndarray) -> SimulatorStep:
         observation, success = self._env.step(action)
@@ -121,12 +134,17 @@ class LiberoSim(SimulatorNode):
         return np.append(np.zeros(conventions.ACTION_DIM - 1), gripper)
 
     def _publish_observation(self, observation: Observation, stamp_ns: int) -> None:
+        label = self._label
+        if label is not None:
+            label = array_to_joint_state(label, conventions.ACTION_NAMES, stamp_ns)
+            if self._takeover and self._looks > self._settings.value.takeover_after_steps:
+                self._takeover.publish(label)
         for name, publisher in self._cameras.items():
             publisher.publish(array_to_image(observation[name], stamp_ns, name))
         self._joints.publish(array_to_joint_state(observation["joint_position"], conventions.JOINT_NAMES, stamp_ns))
         self._pose.publish(array_to_pose(observation["ee_pose"], stamp_ns, FRAME))
-        if self._label is not None:
-            self._expert.publish(array_to_joint_state(self._label, conventions.ACTION_NAMES, stamp_ns))
+        if label is not None and self._expert:
+            self._expert.publish(label)
 
     def _finish(self) -> None:
         if self._env is not None:

@@ -2,7 +2,8 @@
 
 Evaluates the head on LIBERO Spatial where something is not as in its training, records episodes of the real nodes with
 the expert's labels, converts the bags, trains the head on them and on the demonstrations, and evaluates again; each
-further round records with the head of the last one. The last head is swapped into a running loop. The episodes start
+further round records with the head of the last one. In a round "takeover" the expert, in a person's place, takes over
+after a while and finishes the task. The last head is swapped into a running loop. The episodes start
 from sampled placements, so that all official initial states are held out. Every step that is done is kept: the same
 command continues after a kill.
 """
@@ -39,9 +40,11 @@ SWAP_STEPS = 100
 """Control steps that are watched before and after the swap."""
 SWAP_TIMEOUT_S = 600.0
 SETTINGS = (
-    *("tasks", "rounds", "episodes", "record_steps", "evaluations", "variant", "disturbance"),
+    *("tasks", "rounds", "takeover_after", "episodes", "record_steps", "evaluations", "variant", "disturbance"),
     *("e", "d", "seed", "minutes", "steps", "policy"),
 )
+POLICY, TAKEOVER = "policy", "takeover"
+"""Kinds of rounds: the policy with its head acts to the end, or the expert takes over."""
 MAX_ROUNDS, MAX_EPISODES = 10, 1000
 """More would take the seeds of other recordings."""
 
@@ -62,9 +65,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--disturbance", type=float, default=0.5, help="strength of pushes on the arm, 0 to 1")
     # With two objects in each other's place the expert cannot reach the bowl of task 4, nor always that of 1, 3 and 6.
     p.add_argument("--tasks", default="0,2,5,7-9", help="task numbers, e.g. 0-3,7")
-    p.add_argument("--rounds", type=int, default=2, help="of recording and training")
+    p.add_argument("--rounds", default=f"{POLICY},{TAKEOVER}", help="of recording and training: who acts, in order")
+    p.add_argument("--takeover-after", type=int, default=40, help="control steps of an episode before the takeover")
     p.add_argument("--episodes", type=int, default=20, help="recorded episodes per task and round")
-    p.add_argument("--record-steps", type=int, default=120, help="step limit of a recorded episode")
+    p.add_argument("--record-steps", type=int, default=120, help="of an episode, and again after a takeover")
     p.add_argument("--evaluations", type=int, default=10, help="initial states per task, before and after")
     p.add_argument("--e", type=int, default=40, help="execution horizon e [steps]")
     p.add_argument("--d", type=int, default=10, help="injected inference delay d [steps]")
@@ -94,9 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         heads = {name: file_hash(model_path(args.head) / name) for name in ("head.onnx", "head.safetensors")}
         parse_variant(variant_of(args))
-        for name, most in (("rounds", MAX_ROUNDS), ("episodes", MAX_EPISODES)):
-            if not 1 <= getattr(args, name) <= most:
-                raise ConfigError(f"--{name} is {getattr(args, name)}, allowed is 1 to {most}")
+        if not set(kinds_of(args)) <= {POLICY, TAKEOVER} or len(kinds_of(args)) > MAX_ROUNDS:
+            raise ConfigError(
+                f"--rounds is {args.rounds!r}, allowed is a list of up to {MAX_ROUNDS} of {POLICY!r} and {TAKEOVER!r}"
+            )
+        if not 1 <= args.episodes <= MAX_EPISODES:
+            raise ConfigError(f"--episodes is {args.episodes}, allowed is 1 to {MAX_EPISODES}")
         if not args.list:
             args.out.mkdir(parents=True, exist_ok=True)
             check_settings(args.out / "settings.json", {name: getattr(args, name) for name in SETTINGS} | heads)
@@ -147,7 +154,8 @@ def commands(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[Step]:
     variant = variant_of(args)
     yield evaluated("before", 0, variant)
     data = [args.old] if has_data(args.old) else []
-    for number in range(1, args.rounds + 1):
+    last = len(kinds_of(args))
+    for number in range(1, last + 1):
         folder, head = round_folder(args, number), head_folder(args, number)
         bags = [run_folder(args, number, task) / "bag" for task in conventions.parse_tasks(args.tasks)]
         data = [*data, folder / "data"]
@@ -163,7 +171,12 @@ def commands(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[Step]:
     yield step("swap", "training.retrain", out / "swap.json", *argv, "--only", "swap")
     if variant != STATIC:
         yield evaluated(f"{STATIC}_before", 0, STATIC)
-        yield evaluated(f"{STATIC}_after", args.rounds, STATIC)
+        yield evaluated(f"{STATIC}_after", last, STATIC)
+
+
+def kinds_of(args: argparse.Namespace) -> list[str]:
+    """What kind each round is of."""
+    return args.rounds.split(",")
 
 
 def variant_of(args: argparse.Namespace) -> str:
@@ -233,10 +246,16 @@ def record_task(args: argparse.Namespace, task: int) -> None:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     os.environ["ROS_DOMAIN_ID"] = own_domain(task)
+    acting = {"max_steps": args.record_steps}
+    if kinds_of(args)[args.round - 1] == TAKEOVER:
+        acting = {
+            "max_steps": args.takeover_after + args.record_steps,
+            "takeover_after_steps": args.takeover_after,
+        }
     if code := bringup.main(
         arguments_of(
             *(args, args.round, task, partial),
-            **{"episodes": args.episodes, "max_steps": args.record_steps, "record": "true", "expert": "true"},
+            **{"episodes": args.episodes, "record": "true", "expert": "true", **acting},
         )
     ):
         raise A2C2Error(f"the run of task {task} ended with {code}")
@@ -280,7 +299,7 @@ def swap(args: argparse.Namespace, task: int) -> None:
     from a2c2_ros.msg import ControlConfiguration, ControlStep
     from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
 
-    head, folder = (head_folder(args, args.rounds) / "head.onnx").resolve(), args.out / "swap"
+    head, folder = (head_folder(args, len(kinds_of(args))) / "head.onnx").resolve(), args.out / "swap"
     domain = own_domain(0)
     os.environ.update(bringup.environment() | {"ROS_DOMAIN_ID": domain})
     context = rclpy.Context()
@@ -368,13 +387,17 @@ def report(args: argparse.Namespace) -> None:
         return {"after": shown(then), "difference": vars(pairs) if pairs else None}
 
     before, rounds = read("before.json"), []
-    for number in range(1, args.rounds + 1):
+    for number, kind in enumerate(kinds_of(args), 1):
         recorded, data, training = (
             read(f"round{number}/{name}") for name in ("recorded.json", "data/from_bag.json", "head/training.json")
         )
         rounds.append(
             {
-                "recorded": {"episodes": len(recorded), "successes": sum(e["result"] == "success" for e in recorded)},
+                "recorded": {
+                    "acting": kind,
+                    "episodes": len(recorded),
+                    "successes": sum(e["result"] == "success" for e in recorded),
+                },
                 "conversion": {
                     **{name: data[name] for name in ("frames", "seconds_recorded", "seconds", "times_real_time")},
                     "ticks_that_differ": sum(len(bag["parity"]["differing"]) for bag in data["bags"]),
