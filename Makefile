@@ -27,7 +27,7 @@ libero: setup ## Success rates on LIBERO, the (e, d) grid (a day; QUICK=1: a par
 train: setup ## Train every policy and head of the LIBERO tables (hours; ARGS=--list shows the steps): runs/models
 	@. tools/env.sh; exec python -m a2c2_ros.training.libero $(ARGS)
 
-retrain: setup ## Record on LIBERO, retrain the head, swap it in, evaluate before and after (1 hour): results/retrain.json
+retrain: setup ## Record on LIBERO, retrain the head, swap it in, evaluate before and after (75 minutes): results/retrain.json
 	@. tools/env.sh; exec python -m a2c2_ros.training.retrain $(ARGS)
 
 kinetix: export KINETIX = 1
