@@ -3,9 +3,9 @@
 Evaluates the head on LIBERO Spatial where something is not as in its training, records episodes of the real nodes with
 the expert's labels, converts the bags, trains the head on them and on the demonstrations, and evaluates again; each
 further round records with the head of the last one. In a round "takeover" the expert, in a person's place, takes over
-after a while and finishes the task. The last head is swapped into a running loop. The episodes start
-from sampled placements, so that all official initial states are held out. Every step that is done is kept: the same
-command continues after a kill.
+after a while and finishes the task. The last head is swapped into a running loop. Episodes start from sampled
+placements, so that all official initial states are held out. Every step that is done is kept: the same command
+continues after a kill.
 """
 
 import argparse
@@ -43,6 +43,7 @@ SETTINGS = (
     *("tasks", "rounds", "takeover_after", "episodes", "record_steps", "evaluations", "variant", "disturbance"),
     *("e", "d", "seed", "minutes", "steps", "policy"),
 )
+SETTINGS_FILE = "settings.json"
 POLICY, TAKEOVER = "policy", "takeover"
 """Kinds of rounds: the policy with its head acts to the end, or the expert takes over."""
 MAX_ROUNDS, MAX_EPISODES = 10, 1000
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--episodes is {args.episodes}, allowed is 1 to {MAX_EPISODES}")
         if not args.list:
             args.out.mkdir(parents=True, exist_ok=True)
-            check_settings(args.out / "settings.json", {name: getattr(args, name) for name in SETTINGS} | heads)
+            check_settings(args.out / SETTINGS_FILE, {name: getattr(args, name) for name in SETTINGS} | heads)
         if not (args.old / "meta" / "info.json").is_file():
             print(f"{args.old} has no data set: the head is trained on the new data alone")
         for step in commands(args, argv):
@@ -246,18 +247,11 @@ def record_task(args: argparse.Namespace, task: int) -> None:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     os.environ["ROS_DOMAIN_ID"] = own_domain(task)
-    acting = {"max_steps": args.record_steps}
+    given = {"episodes": args.episodes, "record": "true", "expert": "true", "max_steps": args.record_steps}
     if kinds_of(args)[args.round - 1] == TAKEOVER:
-        acting = {
-            "max_steps": args.takeover_after + args.record_steps,
-            "takeover_after_steps": args.takeover_after,
-        }
-    if code := bringup.main(
-        arguments_of(
-            *(args, args.round, task, partial),
-            **{"episodes": args.episodes, "record": "true", "expert": "true", **acting},
-        )
-    ):
+        after = args.takeover_after
+        given |= {"takeover_after_steps": after, "max_steps": after + args.record_steps}
+    if code := bringup.main(arguments_of(args, args.round, task, partial, **given)):
         raise A2C2Error(f"the run of task {task} ended with {code}")
     partial.rename(folder)
 
@@ -409,7 +403,13 @@ def report(args: argparse.Namespace) -> None:
             }
         )
     swapped = read("swap.json")
-    result = {"before": shown(before), "rounds": rounds, "with_old_data": has_data(args.old), "swap": swapped}
+    result = {
+        "settings": read(SETTINGS_FILE),
+        "before": shown(before),
+        "rounds": rounds,
+        "with_old_data": has_data(args.old),
+        "swap": swapped,
+    }
     if variant_of(args) != STATIC:
         first = read(f"{STATIC}_before.json")
         result[STATIC] = {"before": shown(first), **compared(first, read(f"{STATIC}_after.json"))}
