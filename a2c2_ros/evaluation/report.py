@@ -262,7 +262,7 @@ def targets(results: Results) -> list[tuple[str, str, str, bool | None]]:
         compared = {p: results.difference(row, p) for p in pairs if results.absent(row, p) != LEFT_OUT}
         ran = {pair: c for pair, c in compared.items() if c is not None}
         below = [f"({e}, {d})" for (e, d), c in ran.items() if c.points < 0 and c.significant]
-        text = f"{len(ran)} of {len(compared)} cells" + (f", below at {', '.join(below)}" if below else "")
+        text = (f"at {', '.join(below)}" if below else "nowhere") + f"; {len(ran)} of {len(compared)} cells were run"
         complete = ran and (below or len(ran) == len(compared))
         found.append((f"{label} significantly below naive", "nowhere", text, not below if complete else None))
     add_gain(grid.row(head.moving), head.moving or "a2c2 on moving", (40, 10))
