@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -382,6 +383,18 @@ def fake_result(folder, method, horizon, delay, successes):
     places = [{"task": task, "initial_state": n, "success": n < successes} for task in (0, 3) for n in range(10)]
     result = cells.summarise(cell, cells.settings(cell), [0, 3], [record | place for place in places])
     cells.write_result(folder / "results" / f"{cell.name}.json", result)
+
+
+@pytest.mark.parametrize("variant", ["dift", "dift+0.5", "drift+2", "drift+x", "drift+nan", "drift+"])
+def test_a_variant_that_does_not_exist_is_refused(variant):
+    with pytest.raises(ConfigError, match=f"variant is '{re.escape(variant)}', allowed"):
+        Cell(label="x", method="expert", variant=variant)
+
+
+def test_a_variant_says_what_the_simulator_is_asked_for():
+    assert cells.parse_variant("static") == ({}, 0.0)
+    assert cells.parse_variant("drift+0.5") == ({"motion": "drift"}, 0.5)
+    assert cells.parse_variant("swap+1") == ({"suite": "libero_spatial_swap"}, 1.0)
 
 
 def test_a_result_whose_weights_are_gone_is_not_listed_as_left_out(folder):

@@ -10,7 +10,7 @@ fi
 export AMENT_PREFIX_PATH=$_install:$AMENT_PREFIX_PATH
 export LD_LIBRARY_PATH=$_install/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export PYTHONPATH=$_install/lib/python3.12/site-packages${PYTHONPATH:+:$PYTHONPATH}
-unset PYTHONDONTWRITEBYTECODE # every process would compile thousands of modules again, for half a minute
+unset PYTHONDONTWRITEBYTECODE # every process would compile thousands of modules again
 export PYTHONSAFEPATH=1 # the folder a2c2_ros of the source tree has no a2c2_ros.msg and must not come first
 
 export ROS_AUTOMATIC_DISCOVERY_RANGE=${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST} # other machines only on purpose

@@ -75,6 +75,7 @@ class Cell:
         for name, allowed in (("method", METHOD_NAMES), ("split", SPLITS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed are {list(allowed)}")
+        parse_variant(self.variant)
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"seed is {self.seed}, allowed is 0 to {MAX_SEED}")
         if self.max_steps < 1:
@@ -135,10 +136,9 @@ def check_cell(cell: Cell) -> None:
     """Check all that can be known before the first episode.
 
     Raises:
-        ConfigError: If e, d, H and the policy do not go together, there is no such variant, or a file is missing.
+        ConfigError: If e, d, H and the policy do not go together, or a file is missing.
         ManifestError: If the head is damaged or of another policy.
     """
-    parse_variant(cell.variant)
     if cell.method == EXPERT:
         return
     config, facts = cell.planner_config(), policy_facts(cell.policy)

@@ -73,7 +73,7 @@ class LiberoSim(SimulatorNode):
         self._env: Disturbed | None = None
         self._labeller = None
         self._label: np.ndarray | None = None  # the expert's action for the present observation
-        self._looks = 0  # observations of the episode
+        self._status = EpisodeStatus()  # of the present episode
         self._task = config.task
         self._requested_state = config.initial_state
         qos = sensor_qos(config.lockstep)
@@ -118,12 +118,12 @@ class LiberoSim(SimulatorNode):
         seed = config.seed + episode
         observation = self._env.reset(None if state < 0 else state, seed)
         self._labeller, self._label = Labeller(self._env) if self._expert or self._takeover else None, None
-        self._looks = 0
-        return observation, EpisodeStatus(task=task, initial_state=state, instruction=self._env.instruction, seed=seed)
+        instruction = self._env.instruction
+        self._status = EpisodeStatus(task=task, initial_state=state, instruction=instruction, seed=seed)
+        return observation, self._status
 
     def _look(self, observation: Observation) -> None:
         self._label = self._labeller.label(observation) if self._labeller else None
-        self._looks += 1
 
     def _step(self, action: np.ndarray) -> SimulatorStep:
         observation, success = self._env.step(action)
@@ -137,7 +137,7 @@ class LiberoSim(SimulatorNode):
         label = self._label
         if label is not None:
             label = array_to_joint_state(label, conventions.ACTION_NAMES, stamp_ns)
-            if self._takeover and self._looks > self._settings.value.takeover_after_steps:
+            if self._takeover and self._status.steps >= self._settings.value.takeover_after_steps:
                 self._takeover.publish(label)
         for name, publisher in self._cameras.items():
             publisher.publish(array_to_image(observation[name], stamp_ns, name))

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.list:
             args.out.mkdir(parents=True, exist_ok=True)
             check_settings(args.out / SETTINGS_FILE, {name: getattr(args, name) for name in SETTINGS} | heads)
-        if not (args.old / "meta" / "info.json").is_file():
+        if not has_data(args.old):
             print(f"{args.old} has no data set: the head is trained on the new data alone")
         for step in commands(args, argv):
             done = step.product.exists()
@@ -153,8 +153,8 @@ def commands(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[Step]:
         return step(name, "evaluation.libero", product, **evaluation, variant=variant, head=head, out=product)
 
     variant = variant_of(args)
+    data = [args.old] if has_data(args.old) else []  # before the first step, as the user was told
     yield evaluated("before", 0, variant)
-    data = [args.old] if has_data(args.old) else []
     last = len(kinds_of(args))
     for number in range(1, last + 1):
         folder, head = round_folder(args, number), head_folder(args, number)
@@ -407,7 +407,7 @@ def report(args: argparse.Namespace) -> None:
         "settings": read(SETTINGS_FILE),
         "before": shown(before),
         "rounds": rounds,
-        "with_old_data": has_data(args.old),
+        "with_old_data": len(rounds[-1]["training"]["data_sets"]) > len(rounds),
         "swap": swapped,
     }
     if variant_of(args) != STATIC:
