@@ -222,6 +222,7 @@ def test_the_single_cell_front_end_takes_every_method(tmp_path, method):
         (["--horizon", "45"], "e=45"),
         (["--episodes", "51"], "51"),
         (["--head", "nowhere.onnx"], "nowhere.onnx"),
+        (["--method", "expert", "--videos"], "--videos"),
     ],
 )
 def test_bad_arguments_are_named_and_leave_nothing(tmp_path, capsys, arguments, words):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from evaluation_fakes import FakeWorkers, fake_record, write_head, write_policy
@@ -452,9 +453,13 @@ def test_command_line_lists_and_refuses(folder, capsys):
 def test_one_real_short_episode(tmp_path):
     out = tmp_path / "r.json"
     arguments = ["--method", "naive", "--horizon", "10", "--delay", "0", "--tasks", "0", "--episodes", "1"]
-    assert libero.main(["--out", str(out), *arguments, "--max-steps", "4", "--workers", "1"]) == 0
+    assert libero.main(["--out", str(out), *arguments, "--max-steps", "4", "--workers", "1", "--videos"]) == 0
     result = json.loads(out.read_text())
     rollout = {"task": 0, "initial_state": 0, "success": False, "steps": 4, "failure": "never lifted", "error": None}
     assert result["rollouts"] == [rollout] and result["failures"] == {"never lifted": 1}
     assert result["states"] == {"BASE_ONLY": 4}
     assert result["total"]["episodes"] == 1
+    with av.open(str(tmp_path / "r.parts" / "task00_state00.mp4")) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert [frame.shape for frame in frames] == [(256, 768, 3)] * 4
+    assert min(frame[:, :512].std() for frame in frames) > 20, "the cameras are drawn in every step"

@@ -227,6 +227,11 @@ def _head_facts(file: Path, _mtime_ns: int) -> dict[str, str]:
     return {"policy_id": manifest.policy_id, "sha256": sha256}
 
 
+def episode_name(task: int, number: int) -> str:
+    """Of the files of an episode, without suffix."""
+    return f"task{task:02d}_state{number:02d}"
+
+
 class EpisodeStore:
     """The episodes of one cell in a folder.
 
@@ -256,7 +261,7 @@ class EpisodeStore:
 
     def path(self, task: int, number: int) -> Path:
         """File of one episode."""
-        return self.folder / f"task{task:02d}_state{number:02d}.json"
+        return self.folder / f"{episode_name(task, number)}.json"
 
     def missing(self, task: int, episodes: int, *, again: bool = False) -> tuple[int, ...]:
         """Numbers of the episodes of a task that are not there yet; ``again``: nor those that ended in an exception."""

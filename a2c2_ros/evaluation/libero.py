@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--policy", default=PlannerConfig().policy_path, help="checkpoint folder of the base policy")
     p.add_argument("--head", default=ControllerConfig().correction__model_path, help="ONNX head")
     p.add_argument("--max-steps", type=int, default=conventions.MAX_STEPS, help="step limit of an episode")
+    p.add_argument("--videos", action="store_true", help="MP4 of every episode that is run, in OUT's .parts")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="episodes that run at the same time")
     return p
 
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--episodes is {args.episodes}, allowed is 1 to {conventions.N_INITIAL_STATES}")
         if args.workers < 1:
             raise ConfigError(f"--workers is {args.workers}, allowed is 1 or more")
+        if args.videos and args.method == EXPERT:
+            raise ConfigError("--videos draws the loop's actions, which the expert does not have")
         cell = make_cell(args)
         check_cell(cell)
         item = Item(cell, args.episodes, EpisodeStore(folder, cell), args.out)
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_items(
             [item],
             tasks,
-            lambda task, variant: ProcessWorker.libero(task, variant, folder),
+            lambda task, variant: ProcessWorker.libero(task, variant, folder, folder if args.videos else None),
             workers=args.workers,
             processes=args.workers,
         )

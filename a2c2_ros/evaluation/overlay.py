@@ -1,13 +1,22 @@
 """Pictures of an episode: the cameras with the base and the corrected action drawn beside them, as a video."""
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
 import numpy as np
 
+from a2c2_ros.core.controller import ControlStep
+from a2c2_ros.core.robot import Robot
+from a2c2_ros.core.safety import State
+
+OnStep = Callable[[ControlStep, Mapping[str, np.ndarray]], None]
+VIDEO_HZ = 20
 CAMERA_SIZE = 256
 PANEL_WIDTH = 256
 BASE_COLOUR = (150, 150, 150)
@@ -57,6 +66,22 @@ def draw_frame(
     return np.concatenate([*shown, panel], axis=1)
 
 
+def captions(title: str, tick: int, step: Any) -> tuple[str, ...]:
+    """The text above the bars.
+
+    Args:
+        title: Which episode it is.
+        tick: Number of the control step.
+        step: The control step, of ``core.controller`` or the message.
+    """
+    return (
+        title,
+        f"{State(step.state).name.lower()}, tick {tick}",
+        f"chunk {step.chunk_id}, slot {step.slot} of {step.horizon}",
+        "grey: base action, blue: executed",
+    )
+
+
 class VideoWriter:
     """H.264 video in an MP4 file, written frame by frame; the file appears when it is closed.
 
@@ -85,3 +110,27 @@ class VideoWriter:
             self._container.mux(packet)
         self._container.close()
         self._partial.rename(self._path)
+
+
+@contextlib.contextmanager
+def filmed(path: Path | None, robot: Robot, title: str) -> Iterator[OnStep | None]:
+    """Gives what ``rollout.run_episode`` is to call with every control step so that a video of them is at ``path``.
+
+    Args:
+        path: Where the video goes; None: there is none, and nothing to call.
+        robot: Has the names of cameras and actions.
+        title: First line of every frame.
+    """
+    if path is None:
+        yield None
+        return
+    writer, ticks = VideoWriter(path, VIDEO_HZ), itertools.count()
+
+    def on_step(step: ControlStep, observation: Mapping[str, np.ndarray]) -> None:
+        lines = captions(title, next(ticks), step)
+        command = np.zeros(0) if step.command is None else step.command
+        images = robot.images(observation).values()
+        writer.add(draw_frame(tuple(images), robot.action_names, step.base_action, command, lines))
+
+    with contextlib.closing(writer):
+        yield on_step

@@ -21,7 +21,7 @@ from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.evaluation.cells import EXPERT, STATIC, Cell, parse_variant
+from a2c2_ros.evaluation.cells import EXPERT, STATIC, Cell, episode_name, parse_variant
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.lerobot_files import is_checkpoint
 
@@ -50,13 +50,20 @@ class WorkerError(A2C2Error, RuntimeError):
     """A worker process died, or could not make its simulator."""
 
 
-def run_cell_episode(env: Any, cell: Cell, number: int) -> dict[str, Any]:
+def run_cell_episode(env: Any, cell: Cell, number: int, videos: Path | None = None) -> dict[str, Any]:
     """Run one episode of a cell on a simulator.
+
+    Args:
+        env: The simulator.
+        cell: How.
+        number: Of the episode.
+        videos: Existing folder for an MP4 file of the episode; of the expert's there is none.
 
     Returns:
         The fields of :class:`rollout.Episode`, and ``failure``: of ``failures.FAILURES``, None for a success.
     """
     from a2c2_ros.evaluation.failures import Watched
+    from a2c2_ros.evaluation.overlay import filmed
     from a2c2_ros.evaluation.rollout import run_episode, run_expert_episode
 
     env = Watched(env)
@@ -66,7 +73,10 @@ def run_cell_episode(env: Any, cell: Cell, number: int) -> dict[str, Any]:
         episode = run_expert_episode(env, **where)
     else:
         policy, loop = _policy(cell.policy), _loop(cell.head if cell.corrected else "")
-        episode = run_episode(env, load_profile("libero").robot, policy, loop, cell.planner_config(), **where)
+        robot = load_profile("libero").robot
+        video = None if videos is None else videos / f"{episode_name(env.task, number)}.mp4"
+        with filmed(video, robot, f"{cell.name}, task {env.task}, state {number}") as on_step:
+            episode = run_episode(env, robot, policy, loop, cell.planner_config(), **where, on_step=on_step)
     return {**vars(episode), "failure": None if episode.success else env.failure}
 
 
@@ -127,9 +137,10 @@ class ProcessWorker:
             )
 
     @staticmethod
-    def libero(task: int, variant: str, log_folder: Path) -> "ProcessWorker":
-        """A worker with the LIBERO simulator."""
+    def libero(task: int, variant: str, log_folder: Path, videos: Path | None = None) -> "ProcessWorker":
+        """A worker with the LIBERO simulator; with ``videos`` every episode leaves a video in that folder."""
         command = [sys.executable, "-m", "a2c2_ros.evaluation.worker", "--task", str(task), "--variant", variant]
+        command += [] if videos is None else ["--videos", str(videos)]
         return ProcessWorker(command, log_folder / f"task{task:02d}_{variant}.log")
 
     def run(self, cell: Cell, number: int) -> dict[str, Any]:
@@ -165,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--variant", default=STATIC, help="static, swap, or a motion of the simulator; +0.5: with pushes"
     )
+    parser.add_argument("--videos", type=Path, help="existing folder for a video of every episode")
     args = parser.parse_args(argv)
     # Whatever a library prints must not come between the replies.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -175,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, strength = parse_variant(args.variant)
         with LiberoEnv(args.task, **arguments) as env:
-            serve(Disturbed(env, strength) if strength else env, sys.stdin, replies)
+            run = functools.partial(run_cell_episode, videos=args.videos)
+            serve(Disturbed(env, strength) if strength else env, sys.stdin, replies, run)
     except A2C2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

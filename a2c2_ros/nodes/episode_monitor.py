@@ -16,7 +16,7 @@ from a2c2_ros.core.errors import ConfigError, ObservationError
 from a2c2_ros.core.safety import State
 from a2c2_ros.core.timing import Window
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.evaluation.overlay import VideoWriter, draw_frame
+from a2c2_ros.evaluation.overlay import VIDEO_HZ, VideoWriter, captions, draw_frame
 from a2c2_ros.msg import ControlStep, EpisodeStatus, PlannerTiming
 from a2c2_ros.nodes.conversions import image_to_array, to_ns
 from a2c2_ros.nodes.runtime import EdgeLog, NodeParameters, PlainNode, latched_qos, reliable_qos, run, sensor_qos
@@ -255,17 +255,12 @@ class EpisodeMonitor(PlainNode):
                 return
             images.append(stamped[newest])
         started = self._started
-        lines = (
-            f"task {started.task}, initial state {started.initial_state}",
-            f"{State(step.state).name.lower()}, tick {step.tick}",
-            f"chunk {step.chunk_id}, slot {step.slot} of {step.horizon}",
-            "grey: base action, blue: executed",
-        )
-        names = self._profile.robot.action_names
+        title = f"task {started.task}, initial state {started.initial_state}"
+        names, lines = self._profile.robot.action_names, captions(title, step.tick, step)
         frame = draw_frame(images, names, np.array(step.base_action), np.array(step.command), lines)
         if self._video is None:
             path = self._out / f"episode{started.episode:03d}_task{started.task}.mp4"
-            self._video = VideoWriter(path, rate_hz=20)
+            self._video = VideoWriter(path, VIDEO_HZ)
         self._video.add(frame)
         if not self._settings.value.headless:
             cv2.imshow("a2c2_ros", frame[:, :, ::-1])
