@@ -141,8 +141,7 @@ def test_a_chunk_that_may_not_move_the_robot_is_refused_as_in_the_node():
     assert episode.states == {"BASE_ONLY": 26, "HOLDING": 4}, "the old chunk has 8 slots, the next comes after 12"
 
 
-@pytest.mark.parametrize(("chunking", "horizon"), [("synchronous", 5), ("rtc", 8)])
-def test_methods_that_the_grid_takes_for_naive_execute_the_same(chunking, horizon):
+def test_stop_and_wait_without_a_delay_executes_the_same_as_naive():
     def actions(config):
         steps = []
         loop = CorrectionLoop(ControllerConfig(correction__enabled=False, lockstep=True), make_robot())
@@ -159,8 +158,8 @@ def test_methods_that_the_grid_takes_for_naive_execute_the_same(chunking, horizo
         )
         return np.array(steps)
 
-    naive = PlannerConfig(horizon=8, execution_horizon=horizon, inference_delay=0)
-    other = PlannerConfig(horizon=8, execution_horizon=horizon, inference_delay=0, chunking=chunking)
+    naive = PlannerConfig(horizon=8, execution_horizon=5, inference_delay=0)
+    other = PlannerConfig(horizon=8, execution_horizon=5, inference_delay=0, chunking="synchronous")
     assert np.array_equal(actions(naive), actions(other))
 
 
@@ -207,6 +206,11 @@ def test_an_evaluation_of_other_settings_is_not_continued(tmp_path):
     write_head(tmp_path / "other.onnx", "p1", parameters=1)
     with pytest.raises(ConfigError, match="head_sha256"):
         store("--head", str(tmp_path / "other.onnx"))
+    running = store()
+    write_head(tmp_path / "head.onnx", "p1", parameters=1)
+    with pytest.raises(ConfigError, match="were changed while it was run: head_sha256"):
+        running.write(0, 1, {"error": None})
+    assert running.missing(0, 2) == (1,)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)

@@ -1,5 +1,7 @@
 """What a person gets of a run: the summary's keys and numbers, the pictures and the video."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,8 +9,10 @@ pytest.importorskip("rclpy")
 av = pytest.importorskip("av")
 
 from a2c2_ros.msg import ControlStep, PlannerTiming
+from conftest import make_robot
 
-from a2c2_ros.evaluation.overlay import BASE_COLOUR, COMMAND_COLOUR, VideoWriter, draw_frame
+from a2c2_ros.core.errors import SimulationError
+from a2c2_ros.evaluation.overlay import BASE_COLOUR, COMMAND_COLOUR, VideoWriter, draw_frame, filmed
 from a2c2_ros.nodes.conversions import to_time
 from a2c2_ros.nodes.episode_monitor import Statistics, summarise
 
@@ -71,3 +75,15 @@ def test_video_appears_when_it_is_closed(tmp_path):
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24").mean() for frame in container.decode(video=0)]
     assert frames == pytest.approx([0, 80, 160, 240], abs=6)
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+def test_an_exception_leaves_no_video(tmp_path, frames):
+    robot = make_robot()
+    step = SimpleNamespace(state=0, chunk_id=1, slot=0, horizon=50, base_action=np.zeros(2), command=None)
+    images = {name: np.zeros((8, 8, 3), np.uint8) for name in robot.cameras}
+    with pytest.raises(SimulationError, match="boom"), filmed(tmp_path / "e.mp4", robot, "title") as on_step:
+        for _ in range(frames):
+            on_step(step, images)
+        raise SimulationError("boom")
+    assert not list(tmp_path.iterdir())

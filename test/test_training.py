@@ -199,8 +199,15 @@ def test_training_is_reproducible_and_continues(data, tmp_path):
         loop = loop_for(20, validate_every=20, schedule="constant", workers=2)
         train_policy(data, config_for(data), loop, tmp_path / name, 0.3)
     assert torch.equal(weights(tmp_path / "d"), weights(tmp_path / "e"))
-    with pytest.raises(ConfigError, match="checkpoint|of 'flow"):
-        train_policy(data, config_for(data), loop_for(20, seed=1), tmp_path / "a", 0.3)
+    refused = (
+        ({"seed": 1}, 0.3, "seed 0.* not of .*seed 1"),
+        ({}, 0.5, "holdout"),
+        ({"learning_rate": 1.0}, 0.3, "rate"),
+    )
+    for changes, holdout, words in refused:
+        with pytest.raises(ConfigError, match=words):
+            loop = loop_for(30, **{"schedule": "constant"} | changes)
+            train_policy(data, config_for(data), loop, tmp_path / "a", holdout)
 
 
 def test_cache_resumes_and_belongs_to_its_data(chunks, data, root, policy):

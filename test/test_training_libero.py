@@ -17,6 +17,7 @@ from a2c2_ros.training import cache_chunks, demonstrations, libero, on_policy, s
 PLAN = {
     "data": "data/demos",
     "models": "models",
+    "records": "records",
     "demonstrations": {"episodes-per-task": 2},
     "policies": {"base": {"steps": 1}, "other": {"steps": 1, "without-images": True, "bfloat16": False}},
     "heads": {
@@ -95,6 +96,7 @@ def test_what_exists_is_kept_and_a_failure_ends_the_run(plan_file, monkeypatch, 
     assert libero.main(arguments) == 0
     assert Path("data/demos/meta/info.json") not in ran and products_of("base") not in ran
     assert Path("models/late/head.onnx").exists()
+    assert sorted(path.stem for path in Path("records").iterdir()) == ["base", "big", "first", "late", "other"]
 
     ran.clear()
     assert libero.main([*arguments, "--only", "first*"]) == 0
@@ -147,3 +149,12 @@ def test_the_shipped_grid_has_no_weights_that_nobody_trains():
     for row in grid.rows:
         for path in filter(None, (row.policy, row.head)):
             assert Path(path.removesuffix("/head.onnx")).name in trained, row.label
+
+
+def test_demonstrations_of_another_seed_are_not_continued(tmp_path, capsys):
+    parts = tmp_path / "demos.parts"
+    parts.mkdir()
+    (parts / "settings.json").write_text('{"seed": 3}')
+    assert demonstrations.main(["--out", str(tmp_path / "demos"), "--tasks", "0", "--seed", "4"]) == 2
+    assert "seed: there 3, here 4" in capsys.readouterr().err
+    assert [path.name for path in parts.iterdir()] == ["settings.json"]

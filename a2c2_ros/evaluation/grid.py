@@ -116,13 +116,21 @@ class Grid:
         return next((row for row in self.rows if row.label == label), None)
 
     def baseline(self, row: Row) -> Row | None:
-        """The row that a row is compared with on the same initial states; None for baselines and the expert."""
+        """The row that a row is compared with on the same initial states.
+
+        It is the one that the row names, else naive with the same policy, variant, seed and jitter. None for naive, the
+        expert, and where there is no such row.
+        """
         if row.baseline:
             return self.row(row.baseline)
         if row.method in ("naive", EXPERT):
             return None
-        naive = [r for r in self.rows if r.method == "naive" and r.variant == row.variant and r.seed == row.seed]
-        return next((r for r in naive if r.policy == row.policy), naive[0] if naive else None)
+
+        def conditions(of: Row) -> tuple[object, ...]:
+            return of.policy, of.variant, of.seed, of.jitter
+
+        naive = (other for other in self.rows if other.method == "naive")
+        return next((other for other in naive if conditions(other) == conditions(row)), None)
 
     @property
     def variants(self) -> list[str]:

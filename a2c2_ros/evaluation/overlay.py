@@ -111,10 +111,17 @@ class VideoWriter:
         self._container.close()
         self._partial.rename(self._path)
 
+    def discard(self) -> None:
+        """Leave no file."""
+        self._container.close()
+        self._partial.unlink(missing_ok=True)  # it appears with the first frame
+
 
 @contextlib.contextmanager
 def filmed(path: Path | None, robot: Robot, title: str) -> Iterator[OnStep | None]:
     """Gives what ``rollout.run_episode`` is to call with every control step so that a video of them is at ``path``.
+
+    An exception leaves no video.
 
     Args:
         path: Where the video goes; None: there is none, and nothing to call.
@@ -132,5 +139,9 @@ def filmed(path: Path | None, robot: Robot, title: str) -> Iterator[OnStep | Non
         images = robot.images(observation).values()
         writer.add(draw_frame(tuple(images), robot.action_names, step.base_action, command, lines))
 
-    with contextlib.closing(writer):
+    try:
         yield on_step
+    except BaseException:
+        writer.discard()
+        raise
+    writer.close()

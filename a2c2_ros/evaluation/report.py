@@ -12,14 +12,25 @@ from typing import Any
 
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.evaluation import paper
-from a2c2_ros.evaluation.cells import EXPERT, SPLITS, STATIC, Cell, differing, outcomes, settings
+from a2c2_ros.evaluation.cells import (
+    EXPERT,
+    SPLITS,
+    STATIC,
+    Cell,
+    outcomes,
+    settings,
+    settings_without_weights,
+)
 from a2c2_ros.evaluation.failures import FAILURES
 from a2c2_ros.evaluation.grid import Grid, LeftOut, Pair, Row, default_grid, load_grid, make_cell, plan
 from a2c2_ros.evaluation.plots import Curve, plot
 from a2c2_ros.evaluation.statistics import SIGNIFICANCE, Difference, Recovery, difference, recovery
+from a2c2_ros.settings import differing
 
 NOT_RUN = "not run"
 LEFT_OUT = "–"
+TRAINING_FOLDER = "training"
+"""Beside the results of cells: the records of `make train`."""
 Result = Mapping[str, Any]
 
 
@@ -49,7 +60,7 @@ class Results:
         try:
             mine = settings(cell)
         except A2C2Error:  # the weights are not here: what was measured with them is shown as it is
-            mine = {"method": cell.method, "variant": cell.variant, "split": cell.split, "seed": cell.seed}
+            mine = settings_without_weights(cell)
         wrong = differing(_without_renderer(result), _without_renderer(mine))
         if wrong:
             self.stale[cell.name] = "; ".join(wrong)
@@ -78,10 +89,15 @@ class Results:
         return LEFT_OUT if name in self._reasons and not self._reasons[name].same_as else NOT_RUN
 
     def difference(self, row: Row | None, pair: Pair) -> Difference | None:
-        """Success minus that of the row's baseline at the same pair, None if one of them was not run."""
+        """Success minus that of the row's baseline at the same pair.
+
+        None if one of them was not run, or with another base policy.
+        """
         mine = self.get(row, pair)
         theirs = self.get(self.grid.baseline(row), pair) if row else None
-        return difference(outcomes(mine), outcomes(theirs)) if mine and theirs else None
+        if not mine or not theirs or mine.get("policy_id") != theirs.get("policy_id"):
+            return None
+        return difference(outcomes(mine), outcomes(theirs))
 
     def recovery(self, row: Row | None, naive: Row | None) -> Recovery | None:
         """Of a row at (40, 10), see :func:`statistics.recovery`; None without its three cells."""
@@ -295,8 +311,26 @@ def left_out_section(results: Results) -> str:
         if errors := [r["error"] for r in result["rollouts"] if r["error"] is not None]:
             kinds = "; ".join(sorted(set(errors)))
             lines.append(f"- {result['cell']}: {len(errors)} exceptions, not counted as failures: {kinds}")
+    if refused := [f"{r['cell']} {r['refused_chunks']}" for r in results.all() if r.get("refused_chunks")]:
+        lines.append(f"- chunks that the loop refused because their actions are out of bounds: {', '.join(refused)}")
     names = {cell.name for cell, _ in results.cells} | done
     return "\n".join([f"{len(done)} of {len(names)} cells are complete.", *([""] if lines else []), *lines])
+
+
+def training_table(results: Results) -> str:
+    """What the heads that were trained for this page reach on held-out episodes, from their training's records."""
+    rows = []
+    for path in sorted((results.grid.results / TRAINING_FOLDER).glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "head" in record:
+            last, shown = record["history"][-1], ("base_error", "error", "error_0", "error_40")
+            errors = [f"{last[name]:.3f}" if name in last else "" for name in shown]
+            facts = f"{record['parameters']:,}", f"{record['steps']:,}", f"{record['seconds']:.0f}"
+            rows.append([path.stem, record["policy_id"], record["architecture"], *facts, *errors])
+    if not rows:
+        return "No records."
+    heading = ["head", "base policy", "network", "parameters", "steps", "seconds"]
+    return table([*heading, "base", "base + head", "k < 10", "k >= 40"], rows)
 
 
 def speed_section(results: Results) -> str:
@@ -373,6 +407,7 @@ def sections(results: Results) -> dict[str, str]:
         "plots": plots_section(results),
         "tasks": task_table(results),
         "failures": failure_table(results),
+        "training": training_table(results),
         "left_out": left_out_section(results),
         "speed": speed_section(results),
     }

@@ -8,8 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from a2c2_ros.evaluation.cells import Cell, EpisodeStore, differing, summarise, write_result
+from a2c2_ros.evaluation.cells import Cell, EpisodeStore, summarise, write_result
 from a2c2_ros.evaluation.pool import Pool, Start, Unit
+from a2c2_ros.settings import differing
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ def progress(items: Sequence[Item], tasks: Sequence[int]) -> Progress:
 
 
 def publish(item: Item, tasks: Sequence[int]) -> None:
-    """Write the result of a complete cell, unless the file has these episodes or more of them already."""
+    """Write the result of a complete cell, unless the file has these very rollouts already, perhaps among others."""
+    new = summarise(item.cell, item.store.settings, tasks, item.store.read(tasks, item.episodes))
     if item.out.exists():
         old = json.loads(item.out.read_text(encoding="utf-8"))
         same = not differing(old, item.store.settings) and old.get("tasks") == list(tasks)
-        if same and not old["total"]["exceptions"] and old["episodes_per_task"] >= item.episodes:
+        if same and all(rollout in old["rollouts"] for rollout in new["rollouts"]):
             return
-    episodes = item.store.read(tasks, item.episodes)
-    write_result(item.out, summarise(item.cell, item.store.settings, tasks, episodes))
+    write_result(item.out, new)
 
 
 def run_items(

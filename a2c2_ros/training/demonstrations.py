@@ -19,6 +19,7 @@ from a2c2_ros.core.robot import Robot
 from a2c2_ros.core.state import state_vector
 from a2c2_ros.drivers.profile import STATE_NAMES
 from a2c2_ros.jobs import run_jobs
+from a2c2_ros.settings import check_settings
 from a2c2_ros.sim import conventions
 from a2c2_ros.sim.disturbance import Pushes
 from a2c2_ros.training.dataset import IMAGE_PREFIX
@@ -276,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{args.out} exists already; choose another --out or remove it")
         wanted = [part_path(args.out, task, episode) for episode in range(args.episodes_per_task) for task in tasks]
         wanted[0].parent.mkdir(parents=True, exist_ok=True)
+        check_settings(wanted[0].parent / "settings.json", {"seed": args.seed})
         if not args.assemble_only:
             record(args, argv, tasks, wanted)
         assemble(args.out, [path for path in wanted if path.exists()])

@@ -22,6 +22,7 @@ from a2c2_ros.heads.base import load_head, manifest_of
 from a2c2_ros.heads.export import export
 from a2c2_ros.heads.samples import dataset_samples
 from a2c2_ros.policies.flow import load_network
+from a2c2_ros.settings import check_settings
 from a2c2_ros.sim.kinetix_env import ACTION_SPACE, CONTROL_RATE_HZ, KinetixEnv
 from a2c2_ros.sim.kinetix_level import load_level
 from a2c2_ros.training.cache_chunks import cache_chunks
@@ -31,7 +32,6 @@ from a2c2_ros.training.joining import load_base
 from a2c2_ros.training.kinetix_budget import Budget
 from a2c2_ros.training.kinetix_expert import Expert, ExpertConfig, Rollouts, load_expert, train_expert
 from a2c2_ros.training.loop import LoopConfig
-from a2c2_ros.training.record import check_settings
 from a2c2_ros.training.train_head import HeadRecipe, make_head, train_head
 from a2c2_ros.training.train_policy import PREFIX_SHARE, config_of, train_policy
 

@@ -6,6 +6,7 @@ A YAML file says what. What is there already is kept, and every step continues a
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ from a2c2_ros.paths import share_directory
 PLAN_FILE = "libero_training.yaml"
 TRAINERS = {"flow": "training.train_policy", "smolvla": "training.smolvla"}
 """Command per kind of policy."""
-SECTIONS = ("data", "models", "demonstrations", "policies", "heads", "visited")
+RECORD_FILE = "training.json"
+SECTIONS = ("data", "models", "records", "demonstrations", "policies", "heads", "visited")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def steps(plan: Mapping[str, Any], workers: int) -> Iterator[Step]:
         yield step(
             name,
             "training.train_head",
-            folder / "training.json",
+            folder / RECORD_FILE,
             data=[data, *(data.parent / other for other in others)],
             policy=policy,
             out=folder,
@@ -134,12 +136,19 @@ def steps(plan: Mapping[str, Any], workers: int) -> Iterator[Step]:
     for name, values in plan["policies"].items():
         folder, kind = models / name, values.get("kind", "flow")
         others = {key: value for key, value in values.items() if key != "kind"}
-        yield step(name, TRAINERS[kind], folder / "training.json", data=data, out=folder, workers=workers, **others)
+        yield step(name, TRAINERS[kind], folder / RECORD_FILE, data=data, out=folder, workers=workers, **others)
         # Policies other than flow take batches on all cores instead of workers.
         how = {"workers": workers} if kind == "flow" else {"kind": "lerobot"}
         yield step(f"{name}: chunks", "training.cache_chunks", None, data=data, policy=folder, **how, views=1)
     for name in plan["heads"]:
         yield from trained(name)
+
+
+def keep_record(step: Step, folder: Path) -> None:
+    """Copy what a training left, ``training.json``, to ``NAME.json`` in a folder where results are kept."""
+    if step.product is not None and step.product.name == RECORD_FILE and step.product.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(step.product, folder / f"{step.name}.json")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -174,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.list and not done and (code := subprocess.run(command).returncode):
             print(f"error: {step.name} ended with {code}; the same command continues", file=sys.stderr)
             return code
+        if not args.list:
+            keep_record(step, Path(plan["records"]))
     return 0
 
 

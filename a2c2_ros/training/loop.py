@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from a2c2_ros.core.errors import ConfigError
+from a2c2_ros.settings import differing
 from a2c2_ros.training.record import load_checkpoint, save_checkpoint
+
+RECIPE = ("learning_rate", "schedule", "weight_decay", "batch_size", "warmup_steps", "gradient_norm", "average_decay")
+"""Hyper-parameters with which a training that was interrupted must go on."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +110,23 @@ def train(
         origin: What is trained on what; a checkpoint of another origin is refused.
 
     Raises:
-        ConfigError: If the checkpoint belongs to something else.
+        ConfigError: If the checkpoint belongs to something else, or had other hyper-parameters. A training may go on
+            for more or fewer steps or minutes, on another device and with other threads.
         FloatingPointError: If the loss is not finite.
     """
     model.to(config.device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     step, earlier_s, history = 0, 0.0, []
+    recipe = {name: getattr(config, name) for name in RECIPE}
     if checkpoint.exists():
         meta = load_checkpoint(checkpoint, model, average, optimizer)
         if meta["origin"] != origin:
             raise ConfigError(
                 f"{checkpoint} is of {meta['origin']!r}, not of {origin!r}: remove it or choose another --out"
             )
+        if wrong := differing(meta.get("recipe", {}), recipe):
+            raise ConfigError(f"{checkpoint} was trained with {'; '.join(wrong)}: remove it or choose another --out")
         step, earlier_s, history = meta["step"], meta["seconds"], meta["history"]
     total = config.steps if config.steps is not None else config.minutes
     started = time.monotonic()
@@ -168,7 +176,7 @@ def train(
                     {"step": step, "seconds": round(seconds, 1), "train_loss": float(np.mean(recent)), **metrics}
                 )
                 recent.clear()
-                meta = {"origin": origin, "step": step, "seconds": seconds, "history": history}
+                meta = {"origin": origin, "recipe": recipe, "step": step, "seconds": seconds, "history": history}
                 save_checkpoint(checkpoint, model, average, optimizer, meta)
             validation = f"{history[-1]['loss']:.4f}" if history else "-"
             bar.set_postfix(

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from a2c2_ros import provenance
-from a2c2_ros.core.errors import ConfigError
 
 
 def write_record(path: str | Path, record: Mapping[str, object]) -> None:
@@ -22,18 +21,6 @@ def write_record(path: str | Path, record: Mapping[str, object]) -> None:
         machine["gpu"] = torch.cuda.get_device_name()
     record = {**record, "machine": machine, "versions": provenance.versions()}
     Path(path).write_text(json.dumps(record, indent=1, default=_plain) + "\n")
-
-
-def check_settings(path: Path, settings: Mapping[str, object]) -> None:
-    """Refuse to continue a run of other settings.
-
-    Raises:
-        ConfigError: Naming what differs.
-    """
-    theirs = json.loads(path.read_text()) if path.exists() else settings
-    if wrong := [f"{k}: there {theirs.get(k)!r}, here {v!r}" for k, v in settings.items() if theirs.get(k) != v]:
-        raise ConfigError(f"{path.parent} holds episodes of other settings ({'; '.join(wrong)}); choose another --out")
-    path.write_text(json.dumps(settings))
 
 
 def fingerprint(*facts: object) -> str:

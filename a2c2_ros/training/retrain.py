@@ -30,9 +30,9 @@ from a2c2_ros.evaluation.cells import DISTURBED, STATIC, SWAP, VARIANTS, outcome
 from a2c2_ros.evaluation.statistics import difference
 from a2c2_ros.jobs import run_jobs
 from a2c2_ros.paths import model_path
+from a2c2_ros.settings import check_settings
 from a2c2_ros.sim import conventions
 from a2c2_ros.training.libero import Step, options
-from a2c2_ros.training.record import check_settings
 
 FIRST_SEED = 1_000_000
 """Placements of the recorded episodes; evaluations use seeds from 0 and from 2**31."""

@@ -1,10 +1,10 @@
 """Train a correction head on base chunks.
 
 ``python -m a2c2_ros.training.train_head --data DIR --policy POLICY --out DIR``. Paper equation 8 and 9:
-(o_{t+k}, Â_t[k], τ_k, z_t, l) -> a_{t+k} - Â_t[k], k uniform, mean squared error. Ablations and controls are options;
-what they take away is taken away by the exported graph, too, so that a control loop runs every head alike. With
-``--init HEAD`` a trained head is trained on and exported. A folder that has a head already is refused; a training that
-was killed continues.
+(o_{t+k}, Â_t[k], τ_k, z_t, l) -> a_{t+k} - Â_t[k], k uniform over what the episode has, mean squared error. Ablations
+and controls are options; what they take away is taken away by the exported graph, too, so that a control loop runs
+every head alike. With ``--init HEAD`` a trained head is trained on and exported. A folder that has a head already is
+refused; a training that was killed continues.
 """
 
 import argparse
@@ -526,8 +526,8 @@ def train_head(
         return metrics
 
     origin = (
-        f"head {head.architecture} {fingerprint(head.config, recipe)} on data {data.data_hash[:12]} seed {loop.seed}"
-        + (f" from {init[:12]}" if init else "")
+        f"head {head.architecture} {fingerprint(head.config, recipe)} on data {data.data_hash[:12]} "
+        f"holdout {holdout} seed {loop.seed}" + (f" from {init[:12]}" if init else "")
     )
     trained = train(head, loss, validate, loop, out / CHECKPOINT, origin)
     save_head(trained.model, out / HEAD_FILE)

@@ -128,7 +128,8 @@ def train_policy(
         metrics = {"loss": flow_loss(model, latent, chunks, weights, np.random.default_rng(0)).item()}
         return metrics | chunk_error(data, model, latent, validation)
 
-    origin = f"flow policy {fingerprint(config)} on data {data.data_hash[:12]} seed {loop.seed}"
+    what = f"flow policy {fingerprint(config)}"
+    origin = f"{what} on data {data.data_hash[:12]} holdout {holdout} seed {loop.seed}"
     trained = train(network, loss, validate, loop, out / "checkpoint" / "latest.safetensors", origin)
     model = trained.model.float()
     with torch.inference_mode():
