@@ -23,7 +23,7 @@ from a2c2_ros.evaluation.cells import (
     write_result,
 )
 from a2c2_ros.evaluation.rollout import run_episode
-from a2c2_ros.evaluation.statistics import difference, mcnemar_p, recovery, wilson_interval
+from a2c2_ros.evaluation.statistics import difference, holm, mcnemar_p, recovery, wilson_interval
 from a2c2_ros.jobs import run_jobs
 from a2c2_ros.policies.base import PolicyOutput
 from a2c2_ros.sim.conventions import parse_numbers
@@ -45,6 +45,11 @@ def test_wilson_refuses_more_successes_than_trials():
 @pytest.mark.parametrize(("first", "second", "p"), [(0, 0, 1.0), (5, 0, 1 / 16), (6, 0, 1 / 32), (3, 9, 598 / 4096)])
 def test_mcnemar_is_an_exact_binomial_test(first, second, p):
     assert mcnemar_p(first, second) == mcnemar_p(second, first) == pytest.approx(p, abs=1e-12)
+
+
+def test_holm_adjusts_for_the_number_of_tests():
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_difference_is_over_the_common_initial_states():

@@ -398,6 +398,9 @@ def test_page_of_a_part_and_of_all(folder):
     report.write(loaded)
     text = page.read_text()
     assert "8 of 8 cells are complete." in text
+    assert re.search(
+        r"a2c2 has more successes than naive in \d of 3 pairs .*; after Holm's correction for 3 tests", text
+    )
     assert "sync_e10_d0: the same method as naive_e10_d0" in text
     report.write(loaded)
     assert page.read_text() == text

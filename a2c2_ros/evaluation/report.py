@@ -24,7 +24,7 @@ from a2c2_ros.evaluation.cells import (
 from a2c2_ros.evaluation.failures import FAILURES
 from a2c2_ros.evaluation.grid import Grid, LeftOut, Pair, Row, default_grid, load_grid, make_cell, plan
 from a2c2_ros.evaluation.plots import Curve, plot
-from a2c2_ros.evaluation.statistics import SIGNIFICANCE, Difference, Recovery, difference, recovery
+from a2c2_ros.evaluation.statistics import SIGNIFICANCE, Difference, Recovery, difference, holm, recovery
 from a2c2_ros.settings import differing
 
 NOT_RUN = "not run"
@@ -168,6 +168,21 @@ def paper_table(results: Results, pairs: Mapping[Pair, Mapping[str, float]]) -> 
             line += [rate(results.get(row, pair), results.absent(row, pair)), compare(results.difference(row, pair))]
         rows.append(line)
     return table(heading, rows)
+
+
+def adjusted_section(results: Results, pairs: Sequence[Pair]) -> str:
+    """In how many pairs a row differs significantly from its baseline, adjusted for their number."""
+    lines = []
+    for label, row in _compared(results):
+        if found := [d for pair in pairs if (d := results.difference(row, pair)) is not None]:
+            significant = [d for d, p in zip(found, holm([d.p for d in found]), strict=True) if p < SIGNIFICANCE]
+            above = sum(d.points > 0 for d in significant)
+            lines.append(
+                f"{label} has more successes than {results.grid.baseline(row).label} in {sum(d.points > 0 for d in found)}"
+                f" of {len(found)} pairs and fewer in {sum(d.points < 0 for d in found)}; after Holm's correction for "
+                f"{len(found)} tests significantly more in {above} and fewer in {len(significant) - above}."
+            )
+    return "\n\n".join(lines)
 
 
 def grid_table(results: Results, rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
@@ -399,10 +414,13 @@ def plots_section(results: Results) -> str:
 def sections(results: Results) -> dict[str, str]:
     """What goes between the markers, by their names; draws the plots."""
     known = dict.fromkeys([*paper.TABLE_7, *results.grid.all_pairs(STATIC)])
+    table_7 = {pair: paper.TABLE_7.get(pair, {}) for pair in known}
     return {
         "targets": targets_section(results),
         "table1": paper_table(results, paper.TABLE_1),
-        "table7": paper_table(results, {pair: paper.TABLE_7.get(pair, {}) for pair in known}),
+        "table7": "\n\n".join(
+            part for part in (paper_table(results, table_7), adjusted_section(results, tuple(table_7))) if part
+        ),
         "grid": grid_section(results),
         "plots": plots_section(results),
         "tasks": task_table(results),
