@@ -176,11 +176,12 @@ def adjusted_section(results: Results, pairs: Sequence[Pair]) -> str:
     for label, row in _compared(results):
         if found := [d for pair in pairs if (d := results.difference(row, pair)) is not None]:
             significant = [d for d, p in zip(found, holm([d.p for d in found]), strict=True) if p < SIGNIFICANCE]
-            above = sum(d.points > 0 for d in significant)
+            more, fewer = (sum(sign * d.points > 0 for d in found) for sign in (1, -1))
+            above, below = (sum(sign * d.points > 0 for d in significant) for sign in (1, -1))
             lines.append(
-                f"{label} has more successes than {results.grid.baseline(row).label} in {sum(d.points > 0 for d in found)}"
-                f" of {len(found)} pairs and fewer in {sum(d.points < 0 for d in found)}; after Holm's correction for "
-                f"{len(found)} tests significantly more in {above} and fewer in {len(significant) - above}."
+                f"{label} has more successes than {results.grid.baseline(row).label} in {more} of {len(found)} pairs and "
+                f"fewer in {fewer}; after Holm's correction for {len(found)} tests significantly more in {above} and "
+                f"fewer in {below}."
             )
     return "\n\n".join(lines)
 
