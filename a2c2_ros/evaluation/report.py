@@ -179,9 +179,9 @@ def adjusted_section(results: Results, pairs: Sequence[Pair]) -> str:
             more, fewer = (sum(sign * d.points > 0 for d in found) for sign in (1, -1))
             above, below = (sum(sign * d.points > 0 for d in significant) for sign in (1, -1))
             lines.append(
-                f"{label} has more successes than {results.grid.baseline(row).label} in {more} of {len(found)} pairs and "
-                f"fewer in {fewer}; after Holm's correction for {len(found)} tests significantly more in {above} and "
-                f"fewer in {below}."
+                f"{label} has more successes than {results.grid.baseline(row).label} in {more} of {len(found)} pairs "
+                f"and fewer in {fewer}; after Holm's correction for {len(found)} tests significantly more in {above} "
+                f"and fewer in {below}."
             )
     return "\n\n".join(lines)
 
