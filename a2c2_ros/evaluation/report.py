@@ -12,15 +12,7 @@ from typing import Any
 
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.evaluation import paper
-from a2c2_ros.evaluation.cells import (
-    EXPERT,
-    SPLITS,
-    STATIC,
-    Cell,
-    outcomes,
-    settings,
-    settings_without_weights,
-)
+from a2c2_ros.evaluation.cells import EXPERT, SPLITS, STATIC, Cell, outcomes, settings, settings_without_weights
 from a2c2_ros.evaluation.failures import FAILURES
 from a2c2_ros.evaluation.grid import Grid, LeftOut, Pair, Row, default_grid, load_grid, make_cell, plan
 from a2c2_ros.evaluation.plots import Curve, plot
