@@ -21,7 +21,7 @@ bench: setup ## Measure the control loop's timing beside a straightforward one (
 faults: setup ## Try every fault on the real nodes and 10,000 at random on the core (10 minutes): results/faults.json
 	@. tools/env.sh; exec python -m a2c2_ros.faults $(ARGS)
 
-libero: setup ## Success rates on LIBERO, the (e, d) grid (a day; QUICK=1: a part, 15 minutes): docs/libero.md
+libero: setup ## Success rates on LIBERO, the (e, d) grid (a day; QUICK=1: a part, 2 minutes): docs/libero.md
 	@. tools/env.sh; exec python -m a2c2_ros.evaluation.grid $(if $(QUICK),--quick) $(ARGS)
 
 train: setup ## Train every policy and head of the LIBERO tables (hours; ARGS=--list shows the steps): runs/models
