@@ -146,7 +146,8 @@ def test_a_chunk_that_may_not_move_the_robot_is_refused_as_in_the_node():
     assert episode.states == {"BASE_ONLY": 26, "HOLDING": 4}, "the old chunk has 8 slots, the next comes after 12"
 
 
-def test_stop_and_wait_without_a_delay_executes_the_same_as_naive():
+@pytest.mark.parametrize(("chunking", "horizon"), [("synchronous", 5), ("rtc", 8)])
+def test_methods_that_the_grid_takes_for_naive_execute_the_same(chunking, horizon):
     def actions(config):
         steps = []
         loop = CorrectionLoop(ControllerConfig(correction__enabled=False, lockstep=True), make_robot())
@@ -163,8 +164,8 @@ def test_stop_and_wait_without_a_delay_executes_the_same_as_naive():
         )
         return np.array(steps)
 
-    naive = PlannerConfig(horizon=8, execution_horizon=5, inference_delay=0)
-    other = PlannerConfig(horizon=8, execution_horizon=5, inference_delay=0, chunking="synchronous")
+    naive = PlannerConfig(horizon=8, execution_horizon=horizon, inference_delay=0)
+    other = PlannerConfig(horizon=8, execution_horizon=horizon, inference_delay=0, chunking=chunking)
     assert np.array_equal(actions(naive), actions(other))
 
 

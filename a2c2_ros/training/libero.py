@@ -146,7 +146,7 @@ def steps(plan: Mapping[str, Any], workers: int) -> Iterator[Step]:
 
 def keep_record(step: Step, folder: Path) -> None:
     """Copy what a training left, ``training.json``, to ``NAME.json`` in a folder where results are kept."""
-    if step.product is not None and step.product.name == RECORD_FILE and step.product.exists():
+    if step.product is not None and step.product.name == RECORD_FILE:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(step.product, folder / f"{step.name}.json")
 
