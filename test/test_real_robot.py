@@ -273,7 +273,10 @@ def test_one_policy_and_one_head_reach_on_both_arms(robot, tmp_path):
             assert condition(), log.read()
 
         if person:
-            until(lambda: chunks and sum(s.state == STOPPED for s in steps) > 20, "a controller with chunks, disabled")
+            until(
+                lambda: chunks and len(states) > 20 and sum(s.state == STOPPED for s in steps) > 20,
+                "a controller with chunks and joint states, disabled",
+            )
             assert {step.state for step in steps} == {STOPPED} and not any(len(step.command) for step in steps)
             np.testing.assert_allclose(states[-1].position, states[0].position, atol=0.005)
             client = peer.node.create_client(SetBool, "correction_controller/enable")
