@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.limits import Limits
@@ -19,6 +20,9 @@ from a2c2_ros.core.safety import HoldPolicy
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children
+
+settings.register_profile("a2c2_ros", deadline=None)  # a machine may be slow
+settings.load_profile("a2c2_ros")
 
 STEP_NS = 50_000_000
 NAMES = ("x", "y", "gripper")

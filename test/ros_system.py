@@ -29,11 +29,13 @@ class Peer:
     def spin_until(
         self, condition: Callable[[], bool], what: str | Callable[[], str], timeout_s: float = TIMEOUT_S
     ) -> None:
-        def spun() -> bool:
-            self._executor.spin_once(timeout_sec=0.02)
-            return condition()
+        self._system.wait_for(condition, what, timeout_s, pause=self._spin)
 
-        self._system.wait_for(spun, what, timeout_s)
+    def _spin(self) -> None:
+        """Handle what comes for a while: a single callback per check would fall behind fast topics."""
+        end_s = time.monotonic() + 0.05
+        while time.monotonic() < end_s:
+            self._executor.spin_once(timeout_sec=0.02)  # always the same: another timeout starts with the first entity
 
     def close(self) -> None:
         import rclpy
@@ -67,7 +69,11 @@ class System:
         return (self._folder / f"{node}.log").read_text()
 
     def wait_for(
-        self, condition: Callable[[], bool], what: str | Callable[[], str], timeout_s: float = TIMEOUT_S
+        self,
+        condition: Callable[[], bool],
+        what: str | Callable[[], str],
+        timeout_s: float = TIMEOUT_S,
+        pause: Callable[[], None] = lambda: time.sleep(0.05),
     ) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -76,7 +82,7 @@ class System:
                 logs = "\n".join(f"== {node}\n{self.log(node)}" for node in self._processes)
                 text = what if isinstance(what, str) else what()
                 raise AssertionError(f"{text} did not happen within {timeout_s} s, died: {died}\n{logs}")
-            time.sleep(0.05)
+            pause()
 
     def stop(self, node: str, signal_number: int = signal.SIGTERM) -> int:
         process = self._processes[node]

@@ -244,7 +244,7 @@ from pathlib import Path
 sys.path[:0] = {path!r}
 from evaluation_fakes import FakeWorkers
 from test_grid import run
-run(Path(sys.argv[1]), FakeWorkers(0.02))
+run(Path(sys.argv[1]), FakeWorkers(0.2))
 """
 
 

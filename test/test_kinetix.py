@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -300,12 +299,11 @@ def test_a_level_runs_in_the_nodes(trained, tmp_path):
     command += [f"models:={trained / 'work' / LEVEL.stem}"]
     environment = os.environ | {"ROS_DOMAIN_ID": str(random.SystemRandom().randrange(1, 100)), "OMP_NUM_THREADS": "1"}
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **output) as run:
+    with subprocess.Popen(command, env=environment, **output) as run:
         try:
             text, _ = run.communicate(timeout=180)
         finally:
-            if run.poll() is None:
-                os.killpg(run.pid, signal.SIGKILL)
+            run.terminate()  # which ends its nodes, too
     assert run.returncode == 0, text
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["episodes"] == 2 and summary["states"]["running"] > 10 and summary["head_ms_p50"] > 0.0, summary

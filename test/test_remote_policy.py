@@ -458,7 +458,7 @@ def test_too_large_messages_are_refused(server):
     with pytest.raises(PolicyError, match="max_message_mb"):
         remote(server, max_message_mb=0.005)
     with OpenpiServer({"x": bytes(200_000)}) as talkative, pytest.raises(PolicyError, match="too big"):
-        remote(talkative, max_message_mb=0.1, connect_timeout_s=0.05)
+        remote(talkative, max_message_mb=0.1, connect_timeout_s=1.4)
 
 
 def test_a_server_that_is_none(server):

@@ -17,7 +17,7 @@ from std_srvs.srv import SetBool
 
 from a2c2_ros.core.safety import Reason
 from a2c2_ros.faults import heads
-from a2c2_ros.nodes.conversions import array_to_joint_state, to_time
+from a2c2_ros.nodes.conversions import array_to_joint_state, to_ns, to_time
 from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
 from a2c2_ros.sim import conventions
 
@@ -25,9 +25,7 @@ from a2c2_ros.sim import conventions
 def enable(bench, value: bool) -> SetBool.Response:
     client = bench.node.create_client(SetBool, "correction_controller/enable")
     bench.spin_until(client.service_is_ready, "service enable")
-    future = client.call_async(SetBool.Request(data=value))
-    bench.spin_until(future.done, "answer of enable")
-    return future.result()
+    return bench.ask(lambda: client.call_async(SetBool.Request(data=value)), "answer of enable")
 
 
 @pytest.mark.timeout(150)
@@ -51,8 +49,8 @@ def test_enable_emergency_stop_and_diagnostics(bench, manifest):
     refused = enable(bench, True)
     assert not refused.success and "pressed" in refused.message
     stop.publish(Bool(data=False))
-    bench.spin_for(0.3, "ticks after the release")
-    assert bench.steps[-1].state == ControlStep.STOPPED and len(bench.steps[-1].command) == 0, "silent by now"
+    bench.spin_until(lambda: len(bench.steps[-1].command) == 0, "silence")
+    assert bench.steps[-1].state == ControlStep.STOPPED
     assert enable(bench, True).success
     bench.chunk(manifest)
     bench.wait_for_state(ControlStep.RUNNING)
@@ -114,8 +112,11 @@ def test_an_emergency_stop_is_heard_while_a_head_is_loading(bench, manifest, tmp
     bench.wait_for_state(ControlStep.RUNNING)
     bench.spin_until(lambda: stop.get_subscription_count() == 1, "the controller's subscription")
     answer = bench.request_parameter("correction_controller", "correction.model_path", str(path))
-    bench.spin_for(0.5, "ticks while the head is loading")
-    assert bench.steps[-1].state == ControlStep.RUNNING, "sensors are taken meanwhile"
+    loads_ns = bench.now_ns() + 300_000_000  # later than the oldest observation that may be corrected
+    bench.spin_until(
+        lambda: any(s.state == ControlStep.RUNNING and to_ns(s.header.stamp) > loads_ns for s in bench.steps),
+        "corrections with sensor data that came while the head was loading",
+    )
     stop.publish(Bool(data=True))
     bench.wait_for_state(ControlStep.STOPPED, Reason.EMERGENCY_STOP)
     assert not answer.done(), "else the test shows nothing"
@@ -141,10 +142,12 @@ def test_a_person_takes_over_and_the_record_says_what_was_configured(bench, mani
     def drive(values=wanted[::-1]):
         takeover.publish(array_to_joint_state(values, names, bench.now_ns()))
 
+    bench.chunk(manifest)
     person = bench.node.create_timer(0.02, drive)
     step = bench.wait_for_state(ControlStep.TAKEOVER)
     bench.spin_until(lambda: np.array_equal(bench.steps[-1].command, wanted.astype(np.float32)), "the person's command")
     assert step.chunk_id and not np.any(step.residual) and step.takeover_age_s < 0.2
+    bench.chunk(manifest)
     person.cancel()
     bench.wait_for_state(ControlStep.HOLDING, Reason.TAKEOVER_ENDED)
     bench.chunk(manifest)
@@ -156,6 +159,7 @@ def test_a_person_takes_over_and_the_record_says_what_was_configured(bench, mani
     assert bench.steps[-1].state == ControlStep.RUNNING
 
     assert bench.set_parameter("correction_controller", "residual_limit", 0.75)[0]
+    bench.spin_until(lambda: bench.steps[-1].configuration == 2, "steps of the second configuration")
     assert bench.set_parameter("correction_controller", "correction.enabled", False)[0]
     bench.spin_until(lambda: bench.steps[-1].configuration == 3, "steps of the new configuration")
     bench.spin_until(lambda: len(configurations) == 3, "the configurations")

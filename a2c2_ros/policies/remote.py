@@ -409,7 +409,8 @@ class RemotePolicy:
             )
         )
         try:
-            connection.socket.settimeout(self._settings.timeout_s)  # a send to a dead peer ends, too
+            with suppress(OSError):  # lost already: recv says why
+                connection.socket.settimeout(self._settings.timeout_s)  # a send to a dead peer ends, too
             metadata = connection.recv(timeout=deadline_s - time.monotonic())
             if isinstance(metadata, str):
                 raise PolicyError(f"the server failed: {_shortened(metadata)}")
