@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from a2c2_ros.core.errors import ConfigError
-from a2c2_ros.launching import SYSTEMS, Argument, System, parse_arguments
+from a2c2_ros.launching import CLOSED, SYSTEMS, Argument, System, parse_arguments
 
 POLL_S = 0.05
 # What a process that does not end gets, by the time since the shutdown began [s].
@@ -136,7 +136,7 @@ def _say(text: str) -> None:
 def environment() -> dict[str, str]:
     """This environment, closed to other machines and other runs unless it says otherwise."""
     domain = random.SystemRandom().choice(DOMAINS)
-    return {"ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"} | os.environ
+    return {"ROS_DOMAIN_ID": str(domain)} | CLOSED | os.environ
 
 
 def run_system(system: System) -> int:

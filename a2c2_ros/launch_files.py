@@ -1,16 +1,25 @@
 """A system of ``a2c2_ros.launching`` as a launch description; all that the launch files consist of."""
 
 from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, LogInfo, OpaqueFunction, RegisterEventHandler, Shutdown
+from launch.actions import (
+    DeclareLaunchArgument,
+    LogInfo,
+    OpaqueFunction,
+    RegisterEventHandler,
+    SetEnvironmentVariable,
+    Shutdown,
+)
 from launch.event_handlers import OnProcessExit
-from launch.substitutions import LaunchConfiguration
+from launch.substitutions import EnvironmentVariable, LaunchConfiguration
 from launch_ros.actions import Node
 
-from a2c2_ros.launching import SYSTEMS, parse_arguments
+from a2c2_ros.launching import CLOSED, SYSTEMS, parse_arguments
 
 
 def describe(name: str) -> LaunchDescription:
     """Arguments of the system's table, then its nodes, and what their exit means.
+
+    Other machines are shut out unless the environment says otherwise, as in ``a2c2_ros.bringup``.
 
     Args:
         name: Key of ``SYSTEMS``.
@@ -27,6 +36,7 @@ def describe(name: str) -> LaunchDescription:
             return [Shutdown(reason=f"{event.process_name} failed")] if event.returncode else []
 
         actions = [LogInfo(msg=f"run folder: {system.out}")]
+        actions += [LogInfo(msg=[f"{name}=", EnvironmentVariable(name)]) for name in CLOSED]
         for process in system.processes:
             node = Node(
                 package="a2c2_ros",
@@ -50,4 +60,5 @@ def describe(name: str) -> LaunchDescription:
         )
         for argument in table
     ]
-    return LaunchDescription([*declarations, OpaqueFunction(function=start_nodes)])
+    closed = [SetEnvironmentVariable(n, EnvironmentVariable(n, default_value=v)) for n, v in CLOSED.items()]
+    return LaunchDescription([*declarations, *closed, OpaqueFunction(function=start_nodes)])

@@ -15,6 +15,11 @@ from a2c2_ros.sim.conventions import MAX_STEPS, MOTIONS, SUITE, SUITES
 
 Value = bool | int | float | str
 
+CLOSED = {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+"""Environment of every system unless it is set: no other machine sees the nodes. ROS's own default lets all in."""
+NO_HEAD = "none"
+OR_NONE = f"{NO_HEAD}: there is none yet, with correction:=false"
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -160,7 +165,7 @@ LIBERO_SIM_ARGUMENTS = (
     Argument(
         "takeover_after_steps", -1, "Then the scripted expert commands, as a person would; -1: never", -1, 100_000
     ),
-    Argument("head", "", "ONNX head, as correction.model_path; empty: that of config/correction_controller.yaml"),
+    Argument("head", "", f"ONNX head, as correction.model_path; empty: that of the parameter file; {OR_NONE}"),
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
     Argument("lockstep", True, "The simulation waits for every command; false: it runs on the clock"),
     Argument("headless", True, "No window with the cameras"),
@@ -196,12 +201,13 @@ REAL_ROBOT_DEFAULTS = {"policy_path": "reach/flow_reach", "execution_horizon": 1
 
 REAL_ROBOT_ARGUMENTS = (
     Argument("robot", "panda_servo", "Robot profile: a name in config/robots or a path"),
+    Argument("planner", True, "Start chunk_planner; false: it runs on another machine, started there"),
     Argument("mock", False, "Start mock_robot in place of the robot's driver, which you start otherwise"),
     Argument("enabled", False, "The controller may move the robot from the start; false: when ~/enable is called"),
     Argument("episodes", 0, "With mock: episodes of the reaching task, then the end; 0: no task", 0, 100_000),
     Argument("seed", 0, "Seed of the policy's noise, the delay's jitter and the mock", 0, 2**31 - 1),
     *(_of_planner(name, REAL_ROBOT_DEFAULTS.get(name)) for name in OF_PLANNER),
-    Argument("head", "reach/mlp_reach/head.onnx", "ONNX head, as correction.model_path"),
+    Argument("head", "reach/mlp_reach/head.onnx", f"ONNX head, as correction.model_path; {OR_NONE}"),
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
     Argument("control_rate_hz", 0.0, "Control steps per second [Hz]; 0: as the profile says, else 20", 0.0, 1000.0),
     Argument("headless", True, "No window with the cameras"),
@@ -235,7 +241,7 @@ def real_robot(arguments: Mapping[str, Value]) -> System:
         _process("chunk_planner", _planner(values) | shared),
         _process("correction_controller", _correction(values) | start | shared),
         _process("episode_monitor", {"out": str(out)} | values | mode),
-    ]
+    ][0 if values["planner"] else 1 :]
     if values["mock"]:
         processes.insert(0, _process("mock_robot", robot | {name: values[name] for name in ("episodes", "seed")}))
     if values["record"]:
@@ -306,8 +312,11 @@ def _planner(values: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _correction(values: Mapping[str, Value]) -> dict[str, Value]:
-    head = {"correction.model_path": values["head"]} if values["head"] else {}
-    return {"correction.enabled": values["correction"]} | head
+    head = values["head"]
+    if head == NO_HEAD and values["correction"]:
+        raise ConfigError(f"head is {head!r} and correction is true, allowed is a head or correction:=false")
+    path = {"correction.model_path": "" if head == NO_HEAD else head} if head else {}
+    return {"correction.enabled": values["correction"]} | path
 
 
 def _process(name: str, parameters: dict[str, Value]) -> Process:

@@ -72,6 +72,8 @@ def test_a_head_replaces_that_of_the_parameter_file():
     assert nodes["libero_sim"]["max_steps"] == 9
     nodes = {process.name: process.parameters for process in system().processes}
     assert "correction.model_path" not in nodes["correction_controller"]
+    nodes = {process.name: process.parameters for process in system(head="none", correction="false").processes}
+    assert nodes["correction_controller"]["correction.model_path"] == ""
 
 
 def test_the_recorder_runs_only_on_request():
@@ -133,10 +135,11 @@ def test_parameter_files_list_every_parameter_with_its_default(name, make):
 
 
 NODE = """#!{python} -S
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 folder, words = pathlib.Path("{folder}"), sys.argv
 files = [after for word, after in zip(words, words[1:]) if word == "--params-file"]
-report = {{"words": words, "files": files, "texts": [pathlib.Path(file).read_text() for file in files]}}
+discovery = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE")
+report = {{"discovery": discovery, "words": words, "files": files, "texts": [pathlib.Path(file).read_text() for file in files]}}
 (folder / "new").mkdir(exist_ok=True)
 new = folder / "new" / pathlib.Path(words[0]).name
 new.write_text(json.dumps(report))
@@ -162,6 +165,7 @@ def test_the_launch_file_starts_what_the_bring_up_starts(tmp_path, monkeypatch):
         path.chmod(0o755)
     monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path))
     monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path / "log"))
+    monkeypatch.delenv("ROS_AUTOMATIC_DISCOVERY_RANGE", raising=False)
 
     source = PythonLaunchDescriptionSource(str(ROOT / "launch" / "libero_sim.launch.py"))
     given = {"task": "4", "correction": "false", "record": "true", "out": str(tmp_path / "run")}
@@ -175,6 +179,7 @@ def test_the_launch_file_starts_what_the_bring_up_starts(tmp_path, monkeypatch):
     for process in expected:
         report = reports[process.executable]
         assert f"__node:={process.name}" in report["words"]
+        assert report["discovery"] == "LOCALHOST"
         assert tuple(map(Path, report["files"][:-1])) == process.parameter_files
         (overrides,) = yaml.safe_load(report["texts"][-1]).values()
         assert flatten(overrides["ros__parameters"]) == process.parameters

@@ -38,6 +38,14 @@ def test_a_robot_starts_disabled_with_its_driver_left_to_the_user():
     ControllerConfig().replaced(nodes["correction_controller"], running=False)
 
 
+def test_a_robot_without_a_head_and_a_planner_elsewhere():
+    nodes = {p.name: p.parameters for p in system(head="none", correction="false", planner="false").processes}
+    assert set(nodes) == {"correction_controller", "episode_monitor"}
+    assert nodes["correction_controller"]["correction.model_path"] == ""
+    with pytest.raises(ConfigError, match="head is 'none' and correction is true"):
+        system(head="none")
+
+
 def test_the_rate_is_the_profile_s_and_another_is_refused():
     assert system(robot="bench_arm", control_rate_hz="50").processes[0].parameters["control_rate_hz"] == 50.0
     assert system(robot="bench_arm").processes[0].parameters["control_rate_hz"] == 20.0

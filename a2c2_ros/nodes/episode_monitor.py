@@ -9,7 +9,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from sensor_msgs.msg import Image
 
 from a2c2_ros.core.config import Parameters, parameter
 from a2c2_ros.core.errors import ConfigError, ObservationError
@@ -18,7 +17,8 @@ from a2c2_ros.core.timing import Window
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation.overlay import VIDEO_HZ, VideoWriter, captions, draw_frame
 from a2c2_ros.msg import ControlStep, EpisodeStatus, PlannerTiming
-from a2c2_ros.nodes.conversions import image_to_array, to_ns
+from a2c2_ros.nodes.conversions import to_ns
+from a2c2_ros.nodes.observation_source import Converter, sensor_topics
 from a2c2_ros.nodes.runtime import EdgeLog, NodeParameters, PlainNode, latched_qos, reliable_qos, run, sensor_qos
 
 RESULTS = {
@@ -40,6 +40,7 @@ COLUMNS = {
 }
 """Column name to width; times are p50 / p99."""
 IMAGES_KEPT = 400
+IMAGES_KEPT_BETWEEN = 40  # episodes; a real robot may have none at all
 LAST_STEP_WAIT_S = 1.0
 
 
@@ -126,8 +127,12 @@ class EpisodeMonitor(PlainNode):
         self._video: VideoWriter | None = None
         self._last_step_ns = 0
         self._wait_timer = None
+        topics = sensor_topics(self._profile)
         for camera in self._profile.cameras:
-            self.create_subscription(Image, camera.topic, partial(self._on_image, camera), sensor_qos(config.lockstep))
+            topic, qos = topics[camera.name], sensor_qos(config.lockstep)
+            self.create_subscription(
+                topic.message_type, topic.name, partial(self._on_image, camera.name, topic.convert), qos, raw=True
+            )
         self.create_subscription(ControlStep, "control_step", self._on_step, reliable_qos(1000))
         self.create_subscription(PlannerTiming, "planner_timing", self._on_chunk, reliable_qos(10))
         self.create_subscription(EpisodeStatus, "episode", self._on_episode, latched_qos(10))
@@ -140,15 +145,15 @@ class EpisodeMonitor(PlainNode):
         if not self._settings.value.headless:
             cv2.destroyAllWindows()
 
-    def _on_image(self, camera, message: Image) -> None:
+    def _on_image(self, camera: str, convert: Converter, serialized: bytes) -> None:
         try:
-            image = image_to_array(message, camera.height, camera.width)
+            stamp_ns, image = convert(serialized)
         except ObservationError as error:
-            self._log.problem(camera.name, str(error))
+            self._log.problem(camera, str(error))
             return
-        images = self._images[camera.name]
-        images[to_ns(message.header.stamp)] = image
-        while len(images) > IMAGES_KEPT:
+        images = self._images[camera]
+        images[stamp_ns] = image
+        while len(images) > (IMAGES_KEPT if self._started else IMAGES_KEPT_BETWEEN):
             del images[next(iter(images))]
 
     def _on_episode(self, message: EpisodeStatus) -> None:

@@ -1,0 +1,160 @@
+"""What a person asks of running nodes, where there is no ``ros2``: ``python -m a2c2_ros.nodes.operate enable``.
+
+Several parameters of one ``set`` change together or not at all. The exit code is 0 if it was done, 1 if it was refused
+or nobody answered, 2 for wrong arguments.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import rclpy
+from rcl_interfaces.msg import ParameterType
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.parameter import Parameter, get_parameter_value, parameter_value_to_python
+from rclpy.parameter_client import AsyncParameterClient
+from rclpy.task import Future
+from std_srvs.srv import SetBool
+
+from a2c2_ros.core.errors import A2C2Error
+from a2c2_ros.core.safety import Reason, State
+from a2c2_ros.msg import ControlStep
+from a2c2_ros.nodes.runtime import reliable_qos
+
+CONTROLLER = "correction_controller"
+ENVIRONMENT = {"ROS_DOMAIN_ID": "0", "ROS_AUTOMATIC_DISCOVERY_RANGE": "ROS's default"}
+
+
+class OperateError(A2C2Error):
+    """It was refused, or nobody answered."""
+
+
+class Operator:
+    """A node that asks others; a context manager.
+
+    Args:
+        namespace: Of the nodes that are asked.
+        timeout_s: How long an answer may take [s], and how long the one who gives it may stay unseen.
+    """
+
+    def __init__(self, namespace: str = "", timeout_s: float = 10.0) -> None:
+        self._timeout_s = timeout_s
+        self._context = rclpy.Context()
+        rclpy.init(context=self._context)
+        self._node = rclpy.create_node(f"operate_{os.getpid()}", namespace=namespace, context=self._context)
+        self._executor = SingleThreadedExecutor(context=self._context)
+
+    def __enter__(self) -> "Operator":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._node.destroy_node()
+        rclpy.shutdown(context=self._context)
+
+    def enable(self, value: bool) -> str:
+        """Let the robot move, or stop it; returns the controller's words."""
+        service = f"{CONTROLLER}/enable"
+        client = self._node.create_client(SetBool, service)
+        # Asked once: a second request could undo a stop that came between the two.
+        answer = self._ask(service, client.wait_for_service, lambda: client.call_async(SetBool.Request(data=value)))
+        if not answer.success:
+            raise OperateError(f"{CONTROLLER}: {answer.message}")
+        return answer.message or ("enabled" if value else "disabled")
+
+    def state(self) -> str:
+        """State, reason, and the age of every stream, of the next control step."""
+        future = Future()
+        received = self._node.create_subscription(ControlStep, "control_step", future.set_result, reliable_qos(10))
+        step = self._wait(future, f"{received.topic_name}: no message")
+        reason = "" if step.reason == Reason.NONE else f" {Reason(step.reason).name}"
+        ages = ", ".join(f"{n} {age:.3f} s" for n, age in zip(step.stream_names, step.stream_ages_s, strict=True))
+        return f"{State(step.state).name}{reason} {step.detail}".rstrip() + f"\nages: {ages}"
+
+    def get(self, node: str, names: Sequence[str]) -> dict[str, object]:
+        """Parameters of a node by name.
+
+        Raises:
+            OperateError: If one does not exist.
+        """
+        client = AsyncParameterClient(self._node, node)
+        values = self._ask(node, client.wait_for_services, lambda: client.get_parameters(list(names))).values
+        missing = [n for n, v in zip(names, values, strict=False) if v.type == ParameterType.PARAMETER_NOT_SET]
+        if missing or len(values) < len(names):
+            raise OperateError(f"{node} has no parameter {', '.join(missing or names)}")
+        return {name: parameter_value_to_python(value) for name, value in zip(names, values, strict=True)}
+
+    def set(self, node: str, values: dict[str, str]) -> None:
+        """Set parameters of a node together; values as in YAML.
+
+        Raises:
+            OperateError: With the node's reason, if it refuses them.
+        """
+        client = AsyncParameterClient(self._node, node)
+        parameters = [
+            Parameter(name, value=parameter_value_to_python(get_parameter_value(text))) for name, text in values.items()
+        ]
+        answer = self._ask(node, client.wait_for_services, lambda: client.set_parameters_atomically(parameters))
+        if not answer.result.successful:
+            raise OperateError(f"{node}: {answer.result.reason}")
+
+    def _ask(self, whom: str, is_there: Callable[[float], bool], call: Callable[[], Future]):
+        if not is_there(self._timeout_s):
+            raise OperateError(f"{whom}: nobody is there after {self._timeout_s:g} s; {_where()}")
+        return self._wait(call(), f"{whom}: no answer")
+
+    def _wait(self, future: Future, problem: str):
+        rclpy.spin_until_future_complete(self._node, future, self._executor, self._timeout_s)
+        if not future.done():
+            raise OperateError(f"{problem} within {self._timeout_s:g} s; {_where()}")
+        return future.result()
+
+
+def _where() -> str:
+    return "this shell has " + ", ".join(f"{n}={os.environ.get(n, default)}" for n, default in ENVIRONMENT.items())
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m a2c2_ros.nodes.operate", description=__doc__.split("\n\n")[0])
+    p.epilog = "The nodes must be in this shell's ROS_DOMAIN_ID; the bring-up prints its own."
+    p.add_argument("--namespace", default="", help="of the nodes")
+    p.add_argument("--timeout-s", type=float, default=10.0, help="for an answer [s] (default: 10)")
+    commands = p.add_subparsers(dest="command", required=True)
+    commands.add_parser("enable", help="the controller may move the robot")
+    commands.add_parser("disable", help="the controller stops; no substitute for an emergency stop")
+    commands.add_parser("state", help="what the controller does, why, and how old its data are")
+    for name, text in (("get", "print parameters"), ("set", "set parameters, all together or none")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("node", help="for example chunk_planner")
+        words = "NAME" if name == "get" else "NAME VALUE"
+        command.add_argument("words", nargs="+", metavar=words, help="for example execution_horizon")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.command == "set" and len(args.words) % 2:
+        p.error(f"{args.words[-1]!r} has no value, allowed are pairs NAME VALUE")
+    try:
+        with Operator(args.namespace, args.timeout_s) as operator:
+            if args.command in ("enable", "disable"):
+                print(operator.enable(args.command == "enable"))
+            elif args.command == "state":
+                print(operator.state())
+            elif args.command == "get":
+                for name, value in operator.get(args.node, args.words).items():
+                    print(f"{name}: {value}")
+            else:
+                operator.set(args.node, dict(zip(args.words[::2], args.words[1::2], strict=True)))
+    except OperateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""A person's command line, against real nodes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("rclpy")
+
+from a2c2_ros.msg import ControlStep
+
+from a2c2_ros.core.safety import Reason
+
+
+def operate(bench, *words, namespace="", timeout_s=30.0):
+    """(exit code, what it printed)"""
+    command = [sys.executable, "-m", "a2c2_ros.nodes.operate", f"--timeout-s={timeout_s}", f"--namespace={namespace}"]
+    environment = os.environ | {"ROS_DOMAIN_ID": str(bench.system.domain_id)}
+    with subprocess.Popen(
+        [*command, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        bench.spin_until(lambda: process.poll() is not None, f"end of operate {words}")
+        return process.returncode, process.stdout.read()
+
+
+@pytest.mark.timeout(200)
+def test_a_person_enables_sets_and_stops_without_ros2(bench, manifest):
+    bench.system.start("correction_controller", start_state="disabled")
+    bench.wait_for_state(ControlStep.STOPPED, Reason.DISABLED)
+    code, text = operate(bench, "state")
+    assert code == 0 and text.startswith("STOPPED DISABLED not enabled yet\nages: ") and "agentview 0." in text
+    assert operate(bench, "enable")[0] == 0
+    bench.chunk(manifest)
+    bench.wait_for_state(ControlStep.RUNNING)
+
+    node = "correction_controller"
+    assert operate(bench, "set", node, "residual_limit", "0.75", "correction.enabled", "false") == (0, "")
+    assert operate(bench, "get", node, "residual_limit", "correction.enabled") == (
+        0,
+        "residual_limit: 0.75\ncorrection.enabled: False\n",
+    )
+    code, text = operate(bench, "set", node, "correction.enabled", "true", "residual_limit", "-1.0")
+    assert code == 1 and "residual_limit" in text and "-1" in text
+    assert bench.get_parameter(node, "correction.enabled") is False, "all or nothing"
+    assert operate(bench, "get", node, "rate") == (1, f"error: {node} has no parameter rate\n")
+    assert operate(bench, "disable")[0] == 0
+    bench.wait_for_state(ControlStep.STOPPED, Reason.DISABLED)
+
+
+def test_nobody_there_is_said_with_the_domain(bench):
+    code, text = operate(bench, "enable", namespace="elsewhere", timeout_s=0.2)
+    assert code == 1 and f"ROS_DOMAIN_ID={bench.system.domain_id}" in text and "Traceback" not in text
+    code, text = operate(bench, "state", timeout_s=0.2)
+    assert code == 1 and "control_step: no message within 0.2 s" in text
+    assert operate(bench, "set", "chunk_planner", "horizon")[0] == 2
