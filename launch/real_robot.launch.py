@@ -1,4 +1,4 @@
-"""Planner and controller of a robot, or of its mock: ``ros2 launch a2c2_ros real_robot.launch.py robot:=panda``."""
+"""Planner and controller of a robot, or of its mock: ``ros2 launch a2c2_ros real_robot.launch.py mock:=true``."""
 
 from a2c2_ros.launch_files import describe
 

@@ -138,8 +138,9 @@ NODE = """#!{python} -S
 import json, os, pathlib, sys, time
 folder, words = pathlib.Path("{folder}"), sys.argv
 files = [after for word, after in zip(words, words[1:]) if word == "--params-file"]
+texts = [pathlib.Path(file).read_text() for file in files]
 discovery = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE")
-report = {{"discovery": discovery, "words": words, "files": files, "texts": [pathlib.Path(file).read_text() for file in files]}}
+report = {{"words": words, "files": files, "texts": texts, "discovery": discovery}}
 (folder / "new").mkdir(exist_ok=True)
 new = folder / "new" / pathlib.Path(words[0]).name
 new.write_text(json.dumps(report))

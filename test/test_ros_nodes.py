@@ -10,6 +10,7 @@ pytest.importorskip("rclpy")
 from a2c2_ros.msg import ActionChunk, ControlStep
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
+from rclpy.parameter import Parameter
 from ros_bench import HEAD
 from sensor_msgs.msg import JointState
 from std_msgs.msg import String
@@ -38,6 +39,11 @@ def test_planner_parameters_over_the_services(bench):
         assert not accepted
         assert all(word in reason for word in words), reason
     assert bench.get_parameter("chunk_planner", "execution_horizon") == 40
+    client = bench.parameters("chunk_planner")
+    for e, d in ((40, 10), (5, 5), (40, 10)):  # of the first two, (5, 10) between them would be refused
+        pair = [Parameter("execution_horizon", value=e), Parameter("inference_delay", value=d)]
+        answer = bench.ask(lambda pair=pair: client.set_parameters_atomically(pair), "both at once")
+        assert answer.result.successful, answer.result.reason
     received = []
     bench.node.create_subscription(ActionChunk, "action_chunk", received.append, latched_qos(2))
     bench.instruction.publish(String(data="pick up the black bowl"))

@@ -338,7 +338,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--grid", type=Path, help=f"YAML file; default: the package's config/{GRID_FILE}")
-    p.add_argument("--quick", action="store_true", help="its section quick: a part that is done in 15 minutes")
+    p.add_argument("--quick", action="store_true", help="its section quick: a part, some minutes")
     p.add_argument("--cells", nargs="+", metavar="PATTERN", help="only these, for example 'a2c2_*' '*_e40_d10'")
     p.add_argument("--split", choices=SPLITS, default="test", help="initial states: official, or sampled to choose by")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="episodes at the same time")
