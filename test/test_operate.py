@@ -8,9 +8,11 @@ import pytest
 
 pytest.importorskip("rclpy")
 
-from a2c2_ros.msg import ControlStep
+from a2c2_ros.msg import ControlStep, EpisodeStatus
 
 from a2c2_ros.core.safety import Reason
+from a2c2_ros.nodes.conversions import to_ns
+from a2c2_ros.nodes.runtime import latched_qos
 
 
 def operate(bench, *words, namespace="", timeout_s=30.0):
@@ -46,6 +48,16 @@ def test_a_person_enables_sets_and_stops_without_ros2(bench, manifest):
     assert operate(bench, "get", node, "rate") == (1, f"error: {node} has no parameter rate\n")
     assert operate(bench, "disable")[0] == 0
     bench.wait_for_state(ControlStep.STOPPED, Reason.DISABLED)
+
+
+def test_a_person_says_how_an_episode_ended(bench):
+    heard = []
+    bench.node.create_subscription(EpisodeStatus, "episode", heard.append, latched_qos(10))
+    assert operate(bench, "episode", "started", "--instruction", "open it") == (0, "")
+    assert operate(bench, "episode", "succeeded") == (0, "")
+    phases = [(m.phase, m.instruction) for m in heard]
+    assert phases == [(EpisodeStatus.STARTED, "open it"), (EpisodeStatus.SUCCEEDED, "")]
+    assert to_ns(heard[0].header.stamp) < to_ns(heard[1].header.stamp) < bench.now_ns()
 
 
 def test_nobody_there_is_said_with_the_domain(bench):

@@ -7,11 +7,13 @@ or nobody answered, 2 for wrong arguments.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import rclpy
 from rcl_interfaces.msg import ParameterType
+from rclpy.duration import Duration
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter, get_parameter_value, parameter_value_to_python
 from rclpy.parameter_client import AsyncParameterClient
@@ -20,10 +22,13 @@ from std_srvs.srv import SetBool
 
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.core.safety import Reason, State
-from a2c2_ros.msg import ControlStep
-from a2c2_ros.nodes.runtime import reliable_qos
+from a2c2_ros.msg import ControlStep, EpisodeStatus
+from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
 
 CONTROLLER = "correction_controller"
+PHASES = {"started": EpisodeStatus.STARTED, "succeeded": EpisodeStatus.SUCCEEDED, "failed": EpisodeStatus.FAILED}
+LISTENERS_S = 1.0
+"""A recorder subscribes this long after the first publisher has appeared, or sooner."""
 ENVIRONMENT = {"ROS_DOMAIN_ID": "0", "ROS_AUTOMATIC_DISCOVERY_RANGE": "ROS's default"}
 
 
@@ -72,6 +77,20 @@ class Operator:
         ages = ", ".join(f"{n} {age:.3f} s" for n, age in zip(step.stream_names, step.stream_ages_s, strict=True))
         return f"{State(step.state).name}{reason} {step.detail}".rstrip() + f"\nages: {ages}"
 
+    def episode(self, phase: int, instruction: str) -> None:
+        """Say on the topic ``episode`` that one begins or how it ended, for recorder and monitor.
+
+        Raises:
+            OperateError: If nobody listens.
+        """
+        publisher = self._node.create_publisher(EpisodeStatus, "episode", latched_qos(1))
+        self._spin_until(publisher.get_subscription_count, f"{publisher.topic_name}: nobody listens")
+        message = EpisodeStatus(phase=phase, instruction=instruction)
+        message.header.stamp = self._node.get_clock().now().to_msg()
+        publisher.publish(message)
+        time.sleep(LISTENERS_S)  # who subscribes only now gets it, too, as long as the publisher lives
+        publisher.wait_for_all_acked(Duration(seconds=self._timeout_s))
+
     def get(self, node: str, names: Sequence[str]) -> dict[str, object]:
         """Parameters of a node by name.
 
@@ -105,10 +124,15 @@ class Operator:
         return self._wait(call(), f"{whom}: no answer")
 
     def _wait(self, future: Future, problem: str):
-        rclpy.spin_until_future_complete(self._node, future, self._executor, self._timeout_s)
-        if not future.done():
-            raise OperateError(f"{problem} within {self._timeout_s:g} s; {_where()}")
+        self._spin_until(future.done, problem)
         return future.result()
+
+    def _spin_until(self, condition: Callable[[], bool], problem: str) -> None:
+        end_s = time.monotonic() + self._timeout_s
+        while not condition():
+            if time.monotonic() > end_s:
+                raise OperateError(f"{problem} within {self._timeout_s:g} s; {_where()}")
+            rclpy.spin_once(self._node, executor=self._executor, timeout_sec=0.02)
 
 
 def _where() -> str:
@@ -125,6 +149,9 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("enable", help="the controller may move the robot")
     commands.add_parser("disable", help="the controller stops; no substitute for an emergency stop")
     commands.add_parser("state", help="what the controller does, why, and how old its data are")
+    episode = commands.add_parser("episode", help="say that an episode begins or how it ended, for a recorded bag")
+    episode.add_argument("phase", choices=PHASES, help="what has happened")
+    episode.add_argument("--instruction", default="", help="of the episode that begins")
     for name, text in (("get", "print parameters"), ("set", "set parameters, all together or none")):
         command = commands.add_parser(name, help=text)
         command.add_argument("node", help="for example chunk_planner")
@@ -143,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Operator(args.namespace, args.timeout_s) as operator:
             if args.command in ("enable", "disable"):
                 print(operator.enable(args.command == "enable"))
+            elif args.command == "episode":
+                operator.episode(PHASES[args.phase], args.instruction)
             elif args.command == "state":
                 print(operator.state())
             elif args.command == "get":
