@@ -9,7 +9,7 @@ from rclpy.serialization import serialize_message
 from sensor_msgs.msg import Image
 
 from a2c2_ros.core.errors import ObservationError
-from a2c2_ros.nodes.conversions import ImageView, serialized_to_image
+from a2c2_ros.nodes.conversions import ImageView, array_to_image, image_to_array, serialized_to_image
 
 
 def image(frame_id="camera", encoding="rgb8"):
@@ -34,3 +34,10 @@ def test_a_damaged_serialised_image_is_refused():
     for damaged in [serialized[:length] for length in range(len(serialized) - 3)] + [b"\xff\xff" + serialized[2:]]:
         with pytest.raises(ObservationError, match="image message"):
             serialized_to_image(damaged)
+
+
+def test_an_image_in_bgr_is_one_that_torch_takes():
+    message = array_to_image(np.arange(24, dtype=np.uint8).reshape(2, 4, 3), 0, "camera")
+    message.encoding = "bgr8"
+    image = image_to_array(message, 2, 4)
+    assert image.flags.c_contiguous and image[0, 0].tolist() == [2, 1, 0]

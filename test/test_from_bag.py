@@ -1,5 +1,6 @@
 """Bags to data sets: the right observation, base action and label for every frame; what is lost is said."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -95,6 +96,62 @@ def test_labels(run, tmp_path, wanted):
     assert [e.outcome for e in recording.episodes] == ["succeeded", "failed", "unfinished"]
 
 
+def test_what_led_to_a_takeover_is_not_right_unless_it_is_asked_for(run, tmp_path, monkeypatch):
+    path, steps, _ = run
+    monkeypatch.setattr(Recording, "_on_expert", lambda self, message, names: None)
+    recording = Recording(path, tmp_path)
+    assert [e.taken_over for e in recording.episodes] == [False, True, False]
+    recording.episodes[1].outcome = "succeeded"
+    before = {s.tick for s in steps if s.state in (1, 2) and 40 <= s.tick < 50}
+    for wanted, labelled in (("auto", set()), ("executed", before)):
+        parts = []
+        convert(recording, wanted, parts.append)
+        assert before & {tick for part in parts for tick in part.ticks} == labelled
+
+
+def test_parts_of_one_episode_belong_together(head, profile, tmp_path):
+    record(tmp_path / "bag", profile, head, skipped=(10, 20, 30), ticks=75)
+    build([tmp_path / "bag"] * 2, tmp_path / "data", "expert", parity=False)
+    data = load_demonstrations(tmp_path / "data")
+    runs = [sorted(set(data.group[(data.task == task)])) for task in range(3)]
+    assert runs == [[0, 3], [1, 4], [2, 5]]
+    assert len(np.unique(data.episode[data.group == 0])) == 4
+    training, validation = data.split(0.3)
+    assert not set(data.group[training]) & set(data.group[validation])
+
+
+def test_other_episodes_beside_the_data_set_are_left_alone(run, tmp_path):
+    path, _, _ = run
+    kept = tmp_path / "data.parts" / "episode.npz"
+    kept.parent.mkdir()
+    kept.touch()
+    assert from_bag.main([str(tmp_path / "none"), "--out", str(tmp_path / "data")]) == 2
+    build([path], tmp_path / "data", "executed", parity=False)
+    assert kept.exists() and {p.name for p in tmp_path.iterdir()} == {"data", "data.parts"}
+
+
+def test_an_embedding_that_is_rounded_otherwise_is_that_of_the_package(run, tmp_path):
+    recording = Recording(run[0], tmp_path)
+    text = next(iter(recording.instructions.values()))
+    value = from_bag.InstructionEncoder().embed(text)
+    chunk = next(iter(recording.chunks.values()))
+    for noise, expected in ((3e-7, {}), (0.1, {text})):
+        rounded = dataclasses.replace(chunk, language=value + np.float32(noise))
+        recording.chunks, recording.instructions = {chunk.t_obs_ns: rounded}, {chunk.t_obs_ns: text}
+        assert set(from_bag.language_of([recording])) == set(expected)
+
+
+def test_a_urdf_beside_the_profile_is_found_with_the_profile_of_this_machine(run, profile, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(profile.read_text() + "\n")
+    with pytest.raises(ConfigError, match="other.yaml is not the profile that the run recorded"):
+        Recording(run[0], tmp_path, other)
+    copy = tmp_path / "robot" / "arm.yaml"
+    copy.parent.mkdir()
+    copy.write_text(profile.read_text())
+    assert Recording(run[0], tmp_path, copy).profile.text == profile.read_text()
+
+
 def test_what_is_lost_is_said_and_nothing_is_filled_in(head, profile, tmp_path):
     lost = {("front/image", 30), ("control_step", 60), ("joint_states", 12)}
     steps, _ = record(
@@ -139,13 +196,15 @@ def test_another_head_is_noticed_and_a_missing_one_named(run, head, tmp_path, ca
         recording.heads()
 
 
-@pytest.mark.parametrize("differs", ["robot", "policy_id", "cameras"])
+@pytest.mark.parametrize("differs", ["robot", "policy_id", "cameras", "units"])
 def test_bags_that_do_not_go_together_are_refused(run, head, profile, tmp_path, differs):
     path, _, _ = run
     changes = {"policy_id": "other-1"} if differs == "policy_id" else {}
     other = profile
     if differs != "policy_id":
         other = write_profile(tmp_path / "other.yaml", name="other_arm" if differs == "robot" else "bench_arm")
+    if differs == "units":
+        other.write_text(other.read_text().replace("command: {", f"command: {{scale: {[0.5] * 7}, "))
     if differs == "cameras":
         other.write_text(other.read_text().replace(f"width: {SIZE}", f"width: {SIZE}, resize: [32, 32]"))
     recordings = [Recording(path, tmp_path)]

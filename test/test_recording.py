@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -308,7 +309,21 @@ def test_recording_ends_before_the_disk_is_full(tmp_path):
     assert "No space left on device" in recorder.status().ended and "min_free_mb" in recorder.status().ended
     recorder.put(TEXT, 1, 1, text_cdr("late"))
     report = DamageReport()
-    assert list(read_bag(tmp_path / "bag", report=report)) == [] and report.intact
+    assert list(read_bag(tmp_path / "bag", report=report)) == [] and not report.intact
+
+
+def test_a_bag_whose_recording_ended_early_says_so(tmp_path, monkeypatch):
+    bag = BagWriter(tmp_path / "bag")
+    recorder = Recorder(bag, 10**6)
+    recorder.put(TEXT, 1, 1, text_cdr("first"))
+    while recorder.status().queue_bytes:
+        time.sleep(0.01)
+    recorder._min_free_bytes = 10**18
+    recorder.put(TEXT, 2, 2, text_cdr("last"))
+    assert recorder.close(30.0) and recorder.status().ended
+    report = DamageReport()
+    assert len(list(read_bag(tmp_path / "bag", report=report))) >= 1
+    assert not report.intact and "the recording ended before the run did: No space left" in " ".join(report.problems)
 
 
 WRITE_ERROR = """

@@ -1,7 +1,11 @@
 """Training on a tiny LeRobotDataset: reading, labels, learning, continuing, caching, the head and its export."""
 
+import argparse
 import dataclasses
+import errno
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from a2c2_ros.training import train_head as train_head_module
 from a2c2_ros.training import train_policy as train_policy_module
 from a2c2_ros.training.cache_chunks import cache_chunks, load_chunks
 from a2c2_ros.training.dataset import Augmentation, load_demonstrations
-from a2c2_ros.training.joining import BaseChunks
+from a2c2_ros.training.joining import BaseChunks, concatenate
 from a2c2_ros.training.loop import LoopConfig
 from a2c2_ros.training.train_head import HeadRecipe, train_head
 from a2c2_ros.training.train_policy import train_policy
@@ -142,6 +146,41 @@ def test_dataset_is_read_as_written(data):
     assert frame[:, :16, 1].mean() > 150 and frame[:, 26:, 1].mean() < 50 and frame[:, :, 0].mean() < 50
 
 
+def test_a_chunk_of_positions_stands_still_where_it_is(data):
+    chunks, _ = data.chunks(np.array([LENGTH - 2]), HORIZON, positions=True)
+    assert np.array_equal(chunks[0, 2:], np.tile(action_at(0, LENGTH - 1), (HORIZON - 2, 1)))
+
+
+def test_a_policy_of_another_rate_or_state_is_refused(data, root, policy):
+    network = load_network(policy)
+    for changes, words in (({"step_ns": 100_000_000}, "step_ns"), ({"state_names": data.state_names[::-1]}, "state")):
+        with pytest.raises(ConfigError, match=words):
+            cache_chunks(dataclasses.replace(data, **changes), network, root, views=1)
+
+
+def test_frames_that_do_not_fit_on_the_disk_are_an_error(root, tmp_path, monkeypatch):
+    copy = tmp_path / "data"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("cache", "chunks"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"no room for 0\.0 GB.*No space left"):
+        patch.setattr(os, "posix_fallocate", full)
+        load_demonstrations(copy)
+    assert not list(copy.rglob("*.partial"))
+    assert len(load_demonstrations(copy)) == 2 * EPISODES * LENGTH
+
+
+def test_as_many_workers_as_share_a_batch():
+    parser = argparse.ArgumentParser()
+    LoopConfig.add_arguments(parser, learning_rate=1e-3, schedule="cosine", weight_decay=0.0)
+    for given, used in (("1", 1), ("12", 8), ("24", 16), ("128", 64)):
+        assert LoopConfig.from_arguments(parser.parse_args(["--steps", "1", "--workers", given])).workers == used
+    with pytest.raises(ConfigError, match="workers is 0"):
+        LoopConfig.from_arguments(parser.parse_args(["--steps", "1", "--workers", "0"]))
+
+
 def test_chunks_stand_still_after_the_episode(data):
     chunks, inside = data.chunks(np.array([0, LENGTH - 2]), HORIZON)
     assert inside[0].all() and inside[1].tolist() == [True, True] + [False] * (HORIZON - 2)
@@ -155,7 +194,16 @@ def test_split_keeps_episodes_whole(data):
     assert not set(data.episode[training]) & set(data.episode[validation])
     assert len(training) + len(validation) == len(data) and set(data.task[validation]) == {0, 1}
     with pytest.raises(ConfigError, match="episodes"):
-        dataclasses.replace(data, episode=data.task).split(0.3)
+        dataclasses.replace(data, group=data.task).split(0.3)
+
+
+def test_parts_of_one_recorded_episode_are_on_one_side_of_the_split(data, root, tmp_path):
+    assert np.array_equal(data.group, data.episode), "nobody says otherwise"
+    together = dataclasses.replace(data, group=data.episode // 2)
+    for joined in (together, concatenate([together, dataclasses.replace(together, data_hash="another")])):
+        training, validation = joined.split(0.3)
+        assert len(validation) and not set(joined.group[training]) & set(joined.group[validation])
+        assert len(np.unique(joined.group)) * 2 == len(np.unique(joined.episode))
 
 
 def test_augmentation_only_shifts_and_scales():

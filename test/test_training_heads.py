@@ -74,6 +74,7 @@ def demonstrations(seed=0, lengths=(12, 10, 12, 9), instructions=("red", "blue")
         "episode": np.repeat(np.arange(len(lengths)), lengths),
         "start": np.repeat(ends - lengths, lengths),
         "end": np.repeat(ends, lengths),
+        "group": np.repeat(np.arange(len(lengths)), lengths),
         "task": np.repeat(np.arange(len(lengths)) % len(instructions), lengths),
         "instructions": instructions,
         "action_names": ACTIONS,

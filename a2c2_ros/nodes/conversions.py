@@ -136,7 +136,8 @@ def image_to_array(
     image = rows[:, : 3 * width].reshape(height, width, 3)
     if shape is not None and shape != image.shape:
         image = cv2.resize(image, (shape[1], shape[0]), interpolation=cv2.INTER_AREA)
-    return image if message.encoding == "rgb8" else image[:, :, ::-1]
+    # torch takes no array with negative strides.
+    return image if message.encoding == "rgb8" else np.ascontiguousarray(image[:, :, ::-1])
 
 
 def array_to_image(array: np.ndarray, stamp_ns: int, frame_id: str) -> Image:

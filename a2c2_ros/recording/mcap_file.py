@@ -34,6 +34,7 @@ from mcap.writer import MCAP0_MAGIC
 NOTE = "a2c2_ros.recorder"
 """Name of the metadata record of our recorder."""
 DROPPED = "dropped"
+ENDED = "ended"
 """Key in it: JSON object, topic -> messages that did not reach the bag."""
 
 _HEAD = struct.Struct("<BQ")  # opcode, length

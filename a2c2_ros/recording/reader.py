@@ -14,7 +14,7 @@ import yaml
 import zstandard
 
 from a2c2_ros.core.errors import ConfigError
-from a2c2_ros.recording.mcap_file import DROPPED, McapFile
+from a2c2_ros.recording.mcap_file import DROPPED, ENDED, McapFile
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # no CDR message begins with it
 COPY_BYTES = 2**20
@@ -137,6 +137,8 @@ def _read_mcap(path: Path, topics: set[str] | None, report: DamageReport) -> Ite
             report.problems.append(f"{path.name}: what was dropped cannot be read")
         report.bytes_lost += file.bytes_lost
         report.problems += [f"{path.name}: {problem}" for problem in file.problems]
+        if reason := file.note.get(ENDED):
+            report.problems.append(f"{path.name}: the recording ended before the run did: {reason}")
 
 
 def _read_sqlite(path: Path, topics: set[str] | None, report: DamageReport) -> Iterator[Message]:

@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from a2c2_ros.recording.mcap_file import DROPPED
+from a2c2_ros.recording.mcap_file import DROPPED, ENDED
 from a2c2_ros.recording.writer import BagWriter, Topic
 
 IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
@@ -134,7 +134,9 @@ class Recorder:
         free = space.f_bavail * space.f_frsize
         if free < self._min_free_bytes:
             text = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:.0f} MB are free, min_free_mb is"
-            raise OSError(errno.ENOSPC, f"{text} {self._min_free_bytes / 1e6:.0f}")
+            text += f" {self._min_free_bytes / 1e6:.0f}"
+            self._bag.note({ENDED: text})  # whoever reads the bag must know that the run went on
+            raise OSError(errno.ENOSPC, text)
 
     def _end(self, reason: str) -> None:
         with self._changed:

@@ -23,7 +23,7 @@ from a2c2_ros import provenance
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.policies.base import ChunkPolicy
-from a2c2_ros.policies.flow import FlowNetwork
+from a2c2_ros.policies.flow import FlowConfig, FlowNetwork
 from a2c2_ros.policies.registry import POLICIES, load_policy_for
 from a2c2_ros.training.dataset import Augmentation, Demonstrations, load_demonstrations, observations
 from a2c2_ros.training.train_policy import language_table
@@ -86,6 +86,17 @@ class PolicyFacts:
                 raise ConfigError(
                     f"policy {self.policy_id} has {name} of {size}, the cached chunks {array.shape[-axes:]}"
                 )
+
+
+def check_flow(config: FlowConfig, data: Demonstrations) -> None:
+    """Compare what a flow policy was trained with and :class:`PolicyFacts` does not know with a data set.
+
+    Raises:
+        ConfigError: If the data set has another step, or other names or another order of the state.
+    """
+    rows = [(name, getattr(config, name), getattr(data, name)) for name in ("step_ns", "state_names")]
+    if wrong := [f"{name}: policy {mine!r}, data set {theirs!r}" for name, mine, theirs in rows if mine != theirs]:
+        raise ConfigError(f"policy {config.policy_id} does not fit the data set: " + "; ".join(wrong))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -159,6 +170,7 @@ def cache_chunks(
     if views < 1 or batch < 1 or workers < 1:
         raise ConfigError(f"views is {views}, batch is {batch}, workers is {workers}, allowed are 1 or more")
     if isinstance(policy, FlowNetwork):
+        check_flow(policy.config, data)
         facts = PolicyFacts.of(policy.config, kind="flow")
         states, infer = len(policy.config.state_names), _flow_inference(policy, language_table(data))
     else:

@@ -1,6 +1,9 @@
 """Demonstrations for training: a LeRobotDataset in memory, frames decoded once, augmentation in numpy."""
 
+import fcntl
 import hashlib
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,8 @@ from a2c2_ros.drivers.profile import STATE_NAMES
 
 # Actions that are commands of a state, not motions: after the end of an episode they keep their last value.
 HELD_ACTIONS = ("gripper",)
+EXECUTED_FOLDER = "executed"  # base chunks that were executed, and a record of the episodes
+RECORD_FILE = "record.json"
 IMAGE_PREFIX = "observation.images."
 
 
@@ -28,6 +33,7 @@ class Demonstrations:
     episode: np.ndarray  # (N,) int64
     start: np.ndarray  # (N,) int64, first frame of the frame's episode
     end: np.ndarray  # (N,) int64, one past the last frame of the frame's episode
+    group: np.ndarray  # (N,) int64, episodes that belong together: parts of one recorded episode
     task: np.ndarray  # (N,) int64, row of instructions
     instructions: tuple[str, ...]
     action_names: tuple[str, ...]
@@ -39,27 +45,32 @@ class Demonstrations:
         return len(self.state)
 
     def split(self, holdout: float) -> tuple[np.ndarray, np.ndarray]:
-        """Frame indices for training and validation; whole episodes, of every task the last ones.
+        """Frame indices for training and validation; whole groups of episodes, of every task the last ones.
 
         Args:
-            holdout: Fraction of the episodes for validation, 0 < holdout < 1; at least one per task.
+            holdout: Fraction of the groups for validation, 0 < holdout < 1; at least one per task.
 
         Raises:
-            ConfigError: If a task has fewer than two episodes.
+            ConfigError: If a task has fewer than two groups.
         """
         held = []
         for task, instruction in enumerate(self.instructions):
-            episodes = np.unique(self.episode[self.task == task])
-            if len(episodes) < 2:
-                raise ConfigError(f"task {instruction!r} has {len(episodes)} episodes, allowed are 2 or more")
-            held += list(episodes[-max(1, round(holdout * len(episodes))) :])
-        validation = np.isin(self.episode, held)
+            groups = np.unique(self.group[self.task == task])
+            if len(groups) < 2:
+                raise ConfigError(f"task {instruction!r} has {len(groups)} episodes, allowed are 2 or more")
+            held += list(groups[-max(1, round(holdout * len(groups))) :])
+        validation = np.isin(self.group, held)
         return np.flatnonzero(~validation), np.flatnonzero(validation)
 
-    def chunks(self, indices: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    def chunks(self, indices: np.ndarray, horizon: int, positions: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Expert chunks that start at the given frames.
 
         Slots after the episode's end stand still: zero motion, held actions keep their last value.
+
+        Args:
+            indices: (B,) frames.
+            horizon: H.
+            positions: Actions are positions: all of them are held.
 
         Returns:
             (B, H, A) float32 and (B, H) bool, True where the slot is inside the episode.
@@ -68,7 +79,7 @@ class Demonstrations:
         last = self.end[indices][:, None] - 1
         inside = slots <= last
         actions = self.action[np.minimum(slots, last)]
-        moves = np.array([name not in HELD_ACTIONS for name in self.action_names])
+        moves = np.array([not positions and name not in HELD_ACTIONS for name in self.action_names])
         return np.where(~inside[:, :, None] & moves, np.float32(0.0), actions), inside
 
     def undisturbed(self, indices: np.ndarray, horizon: int) -> np.ndarray:
@@ -163,6 +174,7 @@ def load_demonstrations(root: str | Path, cameras: Sequence[str] | None = None) 
         episode=episode,
         start=np.repeat(first, lengths),
         end=np.repeat(first + lengths, lengths),
+        group=_groups(root, episode),
         task=task,
         instructions=tuple(names[int(i)] for i in task_ids),
         action_names=_names(source.features, "action"),
@@ -170,6 +182,16 @@ def load_demonstrations(root: str | Path, cameras: Sequence[str] | None = None) 
         step_ns=round(1e9 / source.fps),
         data_hash=data_hash,
     )
+
+
+def _groups(root: Path, episode: np.ndarray) -> np.ndarray:
+    """Group of every frame: what ``from_bag`` says of its episode, else the episode."""
+    path = root / EXECUTED_FOLDER / RECORD_FILE
+    episodes = json.loads(path.read_text(encoding="utf-8"))["episodes"] if path.is_file() else []
+    runs = [entry.get("run") for entry in episodes]
+    if len(runs) != int(episode.max()) + 1 or None in runs:
+        return episode
+    return np.array(runs, dtype=np.int64)[episode]
 
 
 def _names(features: Mapping[str, Mapping], key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
@@ -190,22 +212,33 @@ def _hash_files(root: Path) -> str:
 
 def _decode(source, root: Path, camera: str, episode: np.ndarray, data_hash: str) -> np.ndarray:
     """Memory-mapped frames (N, size, size, 3) of a camera, written once per state of the data set."""
+    path = root / "cache" / data_hash[:12] / f"{camera}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two trainings on new data one decodes, the other waits
+        if not path.exists():
+            _write_frames(path, source, root, f"{IMAGE_PREFIX}{camera}", episode)
+    return np.load(path, mmap_mode="r")
+
+
+def _write_frames(path: Path, source, root: Path, key: str, episode: np.ndarray) -> None:
     from lerobot.datasets.video_utils import decode_video_frames
 
-    path = root / "cache" / data_hash[:12] / f"{camera}.npy"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        key = f"{IMAGE_PREFIX}{camera}"
-        shape = (len(episode), *source.features[key]["shape"])
-        frames = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        for index in tqdm(np.unique(episode), desc=f"decode {camera}", unit="episode"):
-            rows = np.flatnonzero(episode == index)
-            offset = source.meta.episodes[int(index)][f"videos/{key}/from_timestamp"]
-            stamps = [offset + i / source.fps for i in range(len(rows))]
-            video = root / source.meta.get_video_file_path(int(index), key)
-            decoded = decode_video_frames(video, stamps, 0.5 / source.fps, return_uint8=True)
-            frames[rows] = decoded.permute(0, 2, 3, 1).numpy()
-        frames.flush()
-        partial.rename(path)
-    return np.load(path, mmap_mode="r")
+    partial = path.with_suffix(".partial")
+    shape = (len(episode), *source.features[key]["shape"])
+    frames = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+    try:
+        with partial.open("r+b") as file:  # a full disk is an error here, but would kill who writes to the mapping
+            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+    except OSError as error:
+        partial.unlink()
+        raise ConfigError(f"{path}: no room for {frames.nbytes / 1e9:.1f} GB of decoded frames: {error}") from error
+    for index in tqdm(np.unique(episode), desc=f"decode {key.removeprefix(IMAGE_PREFIX)}", unit="episode"):
+        rows = np.flatnonzero(episode == index)
+        offset = source.meta.episodes[int(index)][f"videos/{key}/from_timestamp"]
+        stamps = [offset + i / source.fps for i in range(len(rows))]
+        video = root / source.meta.get_video_file_path(int(index), key)
+        decoded = decode_video_frames(video, stamps, 0.5 / source.fps, return_uint8=True)
+        frames[rows] = decoded.permute(0, 2, 3, 1).numpy()
+    frames.flush()
+    partial.rename(path)

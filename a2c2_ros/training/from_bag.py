@@ -7,9 +7,9 @@ data set as of ``training.on_policy``: ``action`` is the label, ``action.execute
 are in ``executed/<policy id>.npz``, so that ``train_head --data`` takes it.
 
 Labels: ``executed``: the command, in successful episodes; ``takeover``: the person's command, while a person commands;
-``expert``: the topic expert_action; ``auto``: the first of takeover, expert, executed that a frame has. A frame without
-a label is not in the data set. A data-set episode has no gaps: where a tick was missed, lost or has no label, the next
-one begins.
+``expert``: the topic expert_action; ``auto``: the first of takeover, expert, executed that a frame has, executed only
+in episodes that nobody took over. A frame without a label is not in the data set. A data-set episode has no gaps: where
+a tick was missed, lost or has no label, the next one begins; ``executed/record.json`` says which belong to one run.
 
 A damaged bag gives what can be saved; ``from_bag.json`` in the data set says what was lost.
 """
@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import yaml
 from rclpy.serialization import deserialize_message
 from rosbags.typesys import get_types_from_msg
 from sensor_msgs.msg import JointState
@@ -73,6 +74,13 @@ PART_BYTES = 512_000_000
 """A data-set episode whose images are larger goes on in another one: it is kept in memory while it is encoded."""
 OUTCOMES = {EpisodeStatus.SUCCEEDED: "succeeded", EpisodeStatus.FAILED: "failed", EpisodeStatus.ABORTED: "aborted"}
 REPORT_FILE = "from_bag.json"
+UNITS = {
+    "joint_states": ("names", "gripper"),
+    "ee_pose": ("nominal_orientation_xyzw", "origin_xyz"),
+    "command": ("kind", "channels", "scale", "offset"),
+    "gripper": ("open", "closed"),
+}
+"""Entries of a robot profile that say what numbers of state and action mean."""
 
 
 @dataclass(eq=False)
@@ -87,6 +95,7 @@ class Episode:
     frames: int = 0
     parts: int = 0  # episodes of the data set that it became
     lacking: Counter[str] = field(default_factory=Counter)  # what its other ticks lack
+    taken_over: bool = False  # by a person, for a while
 
 
 class Images:
@@ -127,12 +136,13 @@ class Recording:
     Args:
         path: Bag folder or file.
         folder: Gets the robot's profile, if it is not one of this installation.
+        robot: The profile on this machine, see :func:`recorded_profile`.
 
     Raises:
         ConfigError: If the bag has no configuration of a controller, or was written with other message definitions.
     """
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, folder: Path, robot: Path | None = None) -> None:
         self.path = path
         self.damage = DamageReport()
         self.refused: Counter[str] = Counter()  # messages by topic that could not be converted
@@ -150,7 +160,7 @@ class Recording:
             raise ConfigError(f"{path} has no topic control_configuration: neither robot nor parameters are known")
         message = deserialize_message(first.data, ControlConfiguration)
         self._on_configuration(message)
-        self.profile = recorded_profile(message, folder)
+        self.profile = recorded_profile(message, folder, robot)
         self._read(first.topic.removesuffix("control_configuration"))
         if not self.steps:
             raise ConfigError(f"{path} has no control steps")
@@ -180,6 +190,7 @@ class Recording:
             "action_space": self.robot.action_space,
             "state_names": self.robot.state_names,
             "cameras": self.profile.camera_shapes(),
+            "units": units_of(self.profile),
             "control_rate_hz": 1e9 / self.period_ns,
             "policy_id": " and ".join(sorted({chunk.policy_id for chunk in chunks})),
             "horizon": " and ".join(sorted({str(chunk.horizon) for chunk in chunks})),
@@ -258,6 +269,9 @@ class Recording:
             self._episodes_from_gaps()
         elif self.episodes[-1].outcome == "unknown":
             self.episodes[-1].outcome = "unfinished"
+        for step in self.steps:
+            if step.state == State.TAKEOVER and (episode := self.episode_at(step.t_tick_ns)) is not None:
+                episode.taken_over = True
 
     def _on_step(self, message: ControlStepMsg) -> None:
         step, last = message_to_recorded(message), self.steps[-1] if self.steps else None
@@ -329,12 +343,28 @@ def model_path_or_none(config: ControllerConfig) -> Path | None:
         return None
 
 
-def recorded_profile(message: ControlConfiguration, folder: Path) -> Profile:
+def units_of(profile: Profile) -> dict[str, object]:
+    """What numbers of state and action mean in a profile: data of two that differ here must not be mixed."""
+    told = yaml.safe_load(profile.text)
+    return {f"{key}.{name}": (told.get(key) or {}).get(name) for key, names in UNITS.items() for name in names}
+
+
+def recorded_profile(message: ControlConfiguration, folder: Path, given: Path | None = None) -> Profile:
     """The robot profile that a run had.
 
+    Args:
+        message: What the run recorded.
+        folder: Gets the profile, if it is neither given nor one of this installation.
+        given: The profile as a file of this machine, beside which a URDF that it names is looked for.
+
     Raises:
-        ConfigError: If it cannot be read.
+        ConfigError: If it cannot be read, or the given one is another.
     """
+    if given is not None:
+        profile = load_profile(str(given))
+        if profile.text != message.robot:
+            raise ConfigError(f"--robot {given} is not the profile that the run recorded")
+        return profile
     name = json.loads(message.parameters)["robot"]
     try:
         if robot_profile(name).read_text(encoding="utf-8") == message.robot:
@@ -377,6 +407,7 @@ class Part:
     """Frames without a gap that become one episode of the data set."""
 
     key: tuple[Episode, str]  # episode and instruction
+    run: int = 0  # number of the episode over all bags
     end_ns: int = 0  # when the next frame is due
     frames: dict[str, list[np.ndarray]] = field(default_factory=dict)
     ticks: list[int] = field(default_factory=list)
@@ -413,7 +444,8 @@ class Part:
         }
         episode, instruction = self.key
         frames = {name: np.stack(values) for name, values in self.frames.items()}
-        np.savez(path, instruction=instruction, solved=episode.outcome == "succeeded", **frames, **base)
+        said = {"instruction": instruction, "solved": episode.outcome == "succeeded", "run": self.run}
+        np.savez(path, **said, **frames, **base)
 
 
 @dataclass(eq=False)
@@ -450,6 +482,8 @@ def label_of(
         "expert": recording.experts.get(max(observation.stamps_ns.values())),
         "executed": step.command if episode.outcome == "succeeded" else None,
     }
+    if wanted == "auto" and episode.taken_over:
+        del found["executed"]  # a person's success: what led to the takeover was not right
     kinds = found if wanted == "auto" else (wanted,)
     return next(((kind, found[kind]) for kind in kinds if found[kind] is not None), None)
 
@@ -511,13 +545,14 @@ def frame_of(
     return Frame(images | values, kind, instruction, chunk, step.slot)
 
 
-def convert(recording: Recording, wanted: str, save: Callable[[Part], None]) -> Conversion:
+def convert(recording: Recording, wanted: str, save: Callable[[Part], None], first_run: int = 0) -> Conversion:
     """Make the parts of a recording.
 
     Args:
         recording: The run.
         wanted: Of ``LABELS``.
         save: Takes a part when it is complete.
+        first_run: Number of the recording's first episode over all bags.
     """
     result, robot, sensors = Conversion(), recording.robot, recording.samples()
     image_bytes = sum(int(np.prod(robot.streams[name].shape)) for name in robot.cameras)
@@ -547,7 +582,7 @@ def convert(recording: Recording, wanted: str, save: Callable[[Part], None]) -> 
         key = (episode, frame.instruction)
         if part is None or part.key != key or step.t_tick_ns != part.end_ns or len(part.slots) >= limit:
             finish()
-            part = Part(key)
+            part = Part(key, first_run + recording.episodes.index(episode))
         part.end_ns = step.t_tick_ns + recording.period_ns
         part.add(frame, step.tick)
     finish()
@@ -638,11 +673,16 @@ def language_of(recordings: Sequence[Recording]) -> dict[str, np.ndarray]:
     """Instruction to the policy's embedding; empty if the policy has none, or takes that of the package."""
     found = {r.instructions[stamp]: chunk.language for r in recordings for stamp, chunk in r.chunks.items()}
     encoder = InstructionEncoder()
-    same = (value.shape == (LANGUAGE_DIM,) and np.allclose(value, encoder.embed(text)) for text, value in found.items())
+
+    def of_package(text: str, value: np.ndarray) -> bool:
+        # Unit vectors; another processor or number of threads rounds otherwise, another sentence is far away.
+        return value.shape == (LANGUAGE_DIM,) and np.linalg.norm(value - encoder.embed(text)) < 1e-3
+
+    same = (of_package(text, value) for text, value in found.items())
     return {} if all(value.size == 0 for value in found.values()) or all(same) else found
 
 
-def build(bags: Sequence[Path], out: Path, wanted: str, parity: bool) -> dict[str, object]:
+def build(bags: Sequence[Path], out: Path, wanted: str, parity: bool, robot: Path | None = None) -> dict[str, object]:
     """Convert bags.
 
     Args:
@@ -650,6 +690,7 @@ def build(bags: Sequence[Path], out: Path, wanted: str, parity: bool) -> dict[st
         out: Folder of the data set; it appears when it is complete.
         wanted: Of ``LABELS``.
         parity: Compute the runs again.
+        robot: The runs' profile on this machine, see :func:`recorded_profile`.
 
     Returns:
         The report.
@@ -660,14 +701,14 @@ def build(bags: Sequence[Path], out: Path, wanted: str, parity: bool) -> dict[st
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another --out or remove it")
     started_s = time.monotonic()
-    staging, parts = (out.with_name(out.name + suffix) for suffix in (".staging", ".parts"))
-    for folder in (staging, parts):
-        shutil.rmtree(folder, ignore_errors=True)
+    work = out.with_name(f".{out.name}.from_bag")  # OUT.parts is where demonstrations keep their episodes
+    shutil.rmtree(work, ignore_errors=True)
+    staging, parts = work / out.name, work / "parts"
     parts.mkdir(parents=True)
     try:
-        recordings = [Recording(path, parts) for path in bags]
+        recordings = [Recording(path, parts, robot) for path in bags]
         fps = check_same(recordings)
-        identity, robot = recordings[0].identity, recordings[0].robot
+        identity, arm = recordings[0].identity, recordings[0].robot
         chunk = next(iter(recordings[0].chunks.values()))
         paths: list[Path] = []
 
@@ -677,11 +718,12 @@ def build(bags: Sequence[Path], out: Path, wanted: str, parity: bool) -> dict[st
 
         with ThreadPoolExecutor(1) as pool:  # the runtime of the head leaves the interpreter to the conversion
             again = [pool.submit(compare, recording, recording.heads()) if parity else None for recording in recordings]
-            conversions = [convert(recording, wanted, save) for recording in recordings]
+            runs = itertools.accumulate((len(recording.episodes) for recording in recordings), initial=0)
+            conversions = [convert(r, wanted, save, run) for r, run in zip(recordings, runs, strict=False)]
             if not paths:
                 lacking = sum((Counter(conversion.lost_ticks) for conversion in conversions), Counter())
                 raise ConfigError(f"no frame has a label of the kind {wanted!r}; ticks lack {dict(lacking)}")
-            assemble(staging, paths, features_of(robot), fps, robot.name)
+            assemble(staging, paths, features_of(arm), fps, arm.name)
             told = [
                 summary(recording, conversion, future and future.result())
                 for recording, conversion, future in zip(recordings, conversions, again, strict=True)
@@ -707,8 +749,7 @@ def build(bags: Sequence[Path], out: Path, wanted: str, parity: bool) -> dict[st
         (staging / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         staging.rename(out)
     finally:
-        for folder in (staging, parts):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     print(f"{out}: {report['frames']} frames, {report['times_real_time']} times real time")
     return report
 
@@ -723,6 +764,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("bags", type=Path, nargs="+", metavar="BAG", help="bag folders or files")
     p.add_argument("--out", type=Path, required=True, help="folder of the data set; must not exist")
     p.add_argument("--label", choices=LABELS, default="auto", help="what a frame's label is (default auto)")
+    p.add_argument("--robot", type=Path, help="the run's profile on this machine, if it names a URDF beside it")
     p.add_argument("--no-parity", dest="parity", action="store_false", help="do not compute the runs again")
     return p
 
@@ -731,7 +773,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
     try:
-        build(args.bags, args.out, args.label, args.parity)
+        build(args.bags, args.out, args.label, args.parity, args.robot)
     except A2C2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

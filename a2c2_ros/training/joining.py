@@ -13,9 +13,8 @@ import numpy as np
 from a2c2_ros import provenance
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.training.cache_chunks import load_chunks, load_language, read_language
-from a2c2_ros.training.dataset import Demonstrations
+from a2c2_ros.training.dataset import EXECUTED_FOLDER, RECORD_FILE, Demonstrations
 
-EXECUTED_FOLDER = "executed"
 LANGUAGE_SUFFIX = ".language.npz"
 MUST_AGREE = ("action_names", "state_names", "step_ns")
 
@@ -73,10 +72,10 @@ class JoinedDemonstrations(Demonstrations):
         held = []
         for part in range(len(self.hashes)):
             for task in range(len(self.instructions)):
-                episodes = np.unique(self.episode[(self.part == part) & (self.task == task)])
-                if len(episodes) > 1:
-                    held += list(episodes[-max(1, round(holdout * len(episodes))) :])
-        validation = np.isin(self.episode, held)
+                groups = np.unique(self.group[(self.part == part) & (self.task == task)])
+                if len(groups) > 1:
+                    held += list(groups[-max(1, round(holdout * len(groups))) :])
+        validation = np.isin(self.group, held)
         if not validation.any():
             raise ConfigError("no task has 2 or more episodes in one data set, allowed is at least one such task")
         return np.flatnonzero(~validation), np.flatnonzero(validation)
@@ -104,7 +103,10 @@ def concatenate(parts: Sequence[Demonstrations]) -> Demonstrations:
     instructions = tuple(dict.fromkeys(text for part in parts for text in part.instructions))
     sizes = [len(part) for part in parts]
     frame = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
-    episodes = np.cumsum([0, *(int(part.episode.max()) + 1 for part in parts[:-1])])
+    episodes, groups = (
+        np.cumsum([0, *(int(numbers.max()) + 1 for numbers in of[:-1])])
+        for of in ([part.episode for part in parts], [part.group for part in parts])
+    )
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(part, name) for part in parts])
@@ -120,6 +122,7 @@ def concatenate(parts: Sequence[Demonstrations]) -> Demonstrations:
         episode=joined("episode") + np.repeat(episodes, sizes),
         start=joined("start") + frame,
         end=joined("end") + frame,
+        group=joined("group") + np.repeat(groups, sizes),
         task=np.concatenate([np.array([instructions.index(t) for t in p.instructions])[p.task] for p in parts]),
         instructions=instructions,
         action_names=first.action_names,
@@ -239,7 +242,8 @@ def save_executed(out: Path, parts: Sequence[Path], settings: Mapping[str, objec
     for path in parts:
         with np.load(path, allow_pickle=False) as part:
             base = {name: part[f"executed.{name}"] for name in values}
-            episodes.append({"part": path.stem, "steps": len(base["slot"]), "solved": bool(part["solved"])})
+            episode = {"part": path.stem, "steps": len(base["slot"]), "solved": bool(part["solved"])}
+            episodes.append(episode | ({"run": int(part["run"])} if "run" in part else {}))
         base["chunk"] = np.where(base["chunk"] < 0, -1, base["chunk"] + chunks)
         chunks += len(base["actions"])
         for name, array in base.items():
@@ -257,7 +261,7 @@ def save_executed(out: Path, parts: Sequence[Path], settings: Mapping[str, objec
         "machine": provenance.machine(),
         "versions": provenance.versions(),
     }
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def save_language(out: Path, policy_id: str, language: Mapping[str, np.ndarray]) -> None:

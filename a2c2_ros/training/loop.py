@@ -23,6 +23,11 @@ RECIPE = ("learning_rate", "schedule", "weight_decay", "batch_size", "warmup_ste
 """Hyper-parameters with which a training that was interrupted must go on."""
 
 
+def threads_for(processors: int, batch_size: int) -> int:
+    """The largest number of threads up to ``processors`` that share a batch evenly."""
+    return max(n for n in range(1, min(processors, batch_size) + 1) if batch_size % n == 0)
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """Hyper-parameters of the optimisation."""
@@ -64,15 +69,21 @@ class LoopConfig:
         parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--device", default="cpu", help="torch device, e.g. cpu, cuda")
         parser.add_argument(
-            "--workers", type=int, default=1, help="threads that share each batch; on a CPU one per core is fastest"
+            "--workers",
+            type=int,
+            default=1,
+            help="threads that share each batch, at most: as many as divide it; on a CPU one per core is fastest",
         )
         parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "LoopConfig":
-        """Read the parsed options."""
+        """Read the parsed options; of the workers as many as share a batch evenly."""
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in vars(arguments).items() if name in names})
+        values = {name: value for name, value in vars(arguments).items() if name in names}
+        if min(values["workers"], values["batch_size"]) > 0:
+            values["workers"] = threads_for(values["workers"], values["batch_size"])
+        return cls(**values)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from a2c2_ros.heads.base import ABLATIONS, ARCHITECTURES, Head, head_type, load_
 from a2c2_ros.heads.export import export
 from a2c2_ros.policies.flow import FlowNetwork, load_network
 from a2c2_ros.policies.lerobot_files import LeRobotMapping, checkpoint_id, is_checkpoint
-from a2c2_ros.training.cache_chunks import DESCRIPTION_FILE, PolicyFacts, language_rows, load_facts
+from a2c2_ros.training.cache_chunks import DESCRIPTION_FILE, PolicyFacts, check_flow, language_rows, load_facts
 from a2c2_ros.training.dataset import Augmentation, Demonstrations, load_demonstrations, observations
 from a2c2_ros.training.joining import BaseChunks, JoinedDemonstrations, concatenate, concatenate_chunks, load_base
 from a2c2_ros.training.loop import LoopConfig, train
@@ -199,6 +199,8 @@ def run(arguments: argparse.Namespace, init: Head | None) -> None:
     torch.manual_seed(loop.seed)
     if init is None:
         facts.check(data, chunks.actions, chunks.latents)
+        if policy is not None:
+            check_flow(policy.config, data)
         head = make_head(
             arguments.architecture,
             policy or described(facts, data),

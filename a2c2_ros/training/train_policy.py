@@ -24,6 +24,7 @@ OBJECTS_WEIGHT = 0.1
 MIN_STD = 0.1  # of an action; keeps rarely used directions from being blown up by the normalisation
 VALIDATION_FRAMES = 1024
 TEMPERATURES = (0.0, 0.25, 0.5, 1.0)
+POSITIONS = "joint_position"  # action space in which standing still is not zero
 SLOT_RANGE = 10  # width of the ranges that the validation error is reported by [slots]
 
 DEPARTURES = (
@@ -41,7 +42,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="policy folder; its name is the first part of the id")
     p.add_argument("--holdout", type=float, default=0.05, help="fraction of the episodes for validation")
     p.add_argument("--horizon", type=int, default=50, help="slots of a chunk")
-    p.add_argument("--action-space", default="osc_pose_delta", help="meaning of the actions")
+    p.add_argument(
+        "--action-space",
+        default="osc_pose_delta",
+        help=f"meaning of the actions, as in the robot's profile; in {POSITIONS} an arm that stands still repeats its "
+        "last action, in all others it has zeros",
+    )
     p.add_argument("--without-images", action="store_true", help="control: from state and instruction alone")
     LoopConfig.add_arguments(p, learning_rate=1e-3, schedule="cosine", weight_decay=1e-4)
     return p
@@ -198,7 +204,7 @@ def chunk_error(data: Demonstrations, model: FlowNetwork, latent: Tensor, indice
     """
     noise = torch.randn(len(latent), model.decoder.output.out_features, generator=torch.Generator().manual_seed(0))
     actions = model.sample(latent, noise.to(latent.device)).cpu().numpy()
-    expert, inside = data.chunks(indices, model.config.horizon)
+    expert, inside = data.chunks(indices, model.config.horizon, model.config.action_space == POSITIONS)
     inside &= data.undisturbed(indices, model.config.horizon)
     error = np.abs(actions - expert).mean(axis=2)
     result = {"error": float(error[inside].mean())}
@@ -250,7 +256,7 @@ def normalise(network: FlowNetwork, data: Demonstrations, training: np.ndarray, 
 def targets(data: Demonstrations, model: FlowNetwork, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised chunks (B, H * A), their loss weights (B, H * A) and normalised object positions (B, O)."""
     device = model.action_std.device
-    chunks, inside = data.chunks(indices, model.config.horizon)
+    chunks, inside = data.chunks(indices, model.config.horizon, model.config.action_space == POSITIONS)
     weights = np.where(inside, 1.0, PADDING_WEIGHT)
     weights[~data.undisturbed(indices, model.config.horizon)] = DISTURBED_WEIGHT
     weights = weights.astype(np.float32).repeat(len(data.action_names), axis=1)
