@@ -39,12 +39,14 @@ def model_path(name_or_path: str) -> Path:
     """Path of a model file or folder: as given if it exists, else inside the package's ``models``.
 
     Raises:
-        ConfigError: If it is in neither place.
+        ConfigError: If it is in neither place, or cannot be looked for.
     """
-    given = Path(name_or_path).expanduser()
     shipped = share_directory() / "models"
-    for path in (given, shipped / name_or_path):
-        if name_or_path and path.exists():
-            return path
+    try:
+        for path in (Path(name_or_path).expanduser(), shipped / name_or_path):
+            if name_or_path and path.exists():
+                return path
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~user has no home
+        raise ConfigError(f"model {name_or_path!r} cannot be looked for: {error}") from error
     names = sorted(path.name for path in shipped.iterdir() if path.is_dir())
     raise ConfigError(f"model {name_or_path!r} does not exist, neither as a path nor in the package's models {names}")

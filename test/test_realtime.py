@@ -2,6 +2,8 @@
 
 import os
 import queue
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -168,6 +170,24 @@ def become_realtime_is_permitted() -> bool:
     thread.start()
     thread.join()
     return answers[0].startswith("SCHED_FIFO")
+
+
+def test_the_priority_can_be_given_back_without_privileges():
+    if not become_realtime_is_permitted():
+        pytest.skip("no permission for SCHED_FIFO")
+    code = """
+import os
+from a2c2_ros.nodes.realtime import become_normal, become_realtime
+become_realtime(1)
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+before = os.sched_getscheduler(0)
+become_normal()
+print(before & ~os.SCHED_RESET_ON_FORK, os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK)
+"""
+    answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert answer.stdout.split() == [str(os.SCHED_FIFO), str(os.SCHED_OTHER)]
 
 
 def test_real_time_scheduling_is_asked_for_and_its_absence_tolerated():

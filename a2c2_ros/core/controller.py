@@ -50,6 +50,13 @@ class CorrectionLoop:
 
     Pure and not thread safe: the owner serialises the calls. Nothing in :meth:`tick` waits or raises on bad data: it
     holds, with a reason.
+
+    Args:
+        config: The parameters.
+        robot: What is controlled.
+        head: Corrects the base action; None: base actions alone.
+        monotonic_ns: A clock that only goes forward [ns]; it times the head.
+        latch: Of the loop that this one replaces: what was switched off stays off. ``start_state`` can only add to it.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class CorrectionLoop:
         robot: Robot,
         head: CorrectionHead | None = None,
         monotonic_ns: Callable[[], int] = time.perf_counter_ns,
+        latch: Latch | None = None,
     ) -> None:
         self._robot = robot
         self._monotonic_ns = monotonic_ns
@@ -65,7 +73,9 @@ class CorrectionLoop:
         self._gate = ChunkGate(config, robot)
         self._governor = Governor(robot, config.period_ns, config.halt_steps)
         enabled = config.start_state == "enabled" or (config.start_state == "auto" and robot.simulated)
-        self._latch = Latch(enabled, round(config.emergency_stop_timeout_s * 1e9))
+        self.latch = latch or Latch(enabled, round(config.emergency_stop_timeout_s * 1e9))
+        if not enabled:
+            self.latch.disable()
         self._takeover = Takeover(len(robot.action_names))
         self._observed_from_ns = 0  # a chunk of an older observation does not know what a person did since
         self._checked: tuple[ActionChunk, str] | None = None
@@ -93,7 +103,7 @@ class CorrectionLoop:
     @property
     def latched(self) -> bool:
         """True if only :meth:`enable` lets the robot move."""
-        return self._latch.verdict is not None
+        return self.latch.verdict is not None
 
     @property
     def silent(self) -> bool:
@@ -139,15 +149,15 @@ class CorrectionLoop:
         Raises:
             StateError: If the emergency stop is pressed.
         """
-        self._latch.enable()
+        self.latch.enable()
 
     def disable(self) -> None:
         """Stop on purpose: the safe command, then silence, until :meth:`enable`."""
-        self._latch.disable()
+        self.latch.disable()
 
     def emergency_stop(self, pressed: bool, now_ns: int) -> None:
         """Signal of the emergency stop; a release does not enable."""
-        self._latch.emergency_stop(pressed, now_ns)
+        self.latch.emergency_stop(pressed, now_ns)
 
     def take_over(self, command: np.ndarray, stamp_ns: int, now_ns: int) -> None:
         """A person's command; it replaces the policy's for ``takeover_timeout_s``, within the limits.
@@ -164,7 +174,7 @@ class CorrectionLoop:
 
     def fault(self, detail: str) -> None:
         """The owner of the loop failed: as :meth:`disable`, but in state FAULT."""
-        self._latch.fault(Reason.INTERNAL_ERROR, detail)
+        self.latch.fault(Reason.INTERNAL_ERROR, detail)
 
     def adopt(self, command: np.ndarray | None) -> None:
         """Take (A,) as the last command; for a replay that lacks what a step was decided on."""
@@ -259,9 +269,9 @@ class CorrectionLoop:
         ages: dict[str, int],
         problem: Verdict | None,
     ) -> tuple[np.ndarray | None, LimitFlag]:
-        self._latch.watch(t_tick_ns)
-        if self._latch.verdict is not None:
-            step.verdict = self._latch.verdict
+        self.latch.watch(t_tick_ns)
+        if self.latch.verdict is not None:
+            step.verdict = self.latch.verdict
             return self._governor.halt(self._measured(observation, ages))
         person = self._takeover.command(t_tick_ns, self._config.takeover_timeout_ns)
         if person is None and self._governor.silent and not self._buffer:

@@ -1,5 +1,6 @@
 """Node ``correction_controller``: a fixed-rate tick that corrects the chunk's action with the newest observation."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -27,7 +28,7 @@ from a2c2_ros.core.controller import ControlStep, CorrectionLoop
 from a2c2_ros.core.errors import ChunkError, ObservationError, StateError
 from a2c2_ros.core.health import LoopHealth
 from a2c2_ros.core.observation import Observation
-from a2c2_ros.core.safety import MOVING, Reason, State, Verdict
+from a2c2_ros.core.safety import MOVING, Latch, Reason, State, Verdict
 from a2c2_ros.core.timing import StepTiming, Tick, TickGrid
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.drivers.sinks import Sink, make_sink
@@ -83,6 +84,7 @@ class CorrectionController(ManagedNode):
         self._log = EdgeLog(self)
         self._profile = None
         self._loop: CorrectionLoop | None = None
+        self._latch: Latch | None = None  # outlives the loop: what was switched off stays off when it is made anew
         self._head: OnnxHead | None = None  # of the last accepted parameters
         self._candidate_head: tuple[str, ConcurrentFuture] | None = None
         self._settings = NodeParameters(self, ControllerConfig(), self._validate, self._apply)
@@ -111,14 +113,14 @@ class CorrectionController(ManagedNode):
         self._profile = load_profile(config.robot)
         self._profile.check_rate(config.control_rate_hz)
         self._head = self._load_head(config)
-        self._loop = CorrectionLoop(config, self._profile.robot, self._head)
+        self._loop = CorrectionLoop(config, self._profile.robot, self._head, latch=self._latch)
+        self._latch = self._loop.latch
         self._rehearsal = CorrectionLoop(
             dataclasses.replace(config, correction__enabled=False, start_state="enabled"), self._profile.robot
         )
-        self._grid = TickGrid(config.period_ns)
         self._stream_names = tuple(self._profile.robot.streams)
         if self._sink is None:  # the robot cannot change: what was made once serves every configuration
-            self._sink = make_sink(self, self._profile)
+            self._sink = make_sink(self, self._profile, callback_group=self._inputs)
             self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
             self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", reliable_qos(10))
             self._configuration_publisher = self.create_publisher(
@@ -139,6 +141,10 @@ class CorrectionController(ManagedNode):
     def activate(self) -> None:
         config = self._settings.value
         assert self.get_clock().clock_type == ClockType.ROS_TIME
+        # The time in which the node was not active is no missed tick, and the clock may have gone back in it.
+        self._grid, self._last_run_ns = TickGrid(config.period_ns), None
+        self._due, self._postponed_ticks = None, 0
+        self._status, self._newest_chunk_ns = None, 0
         prepare = None if config.lockstep else self._prepare
         self._source = ObservationSource(
             self,
@@ -237,8 +243,10 @@ class CorrectionController(ManagedNode):
 
     def _prepare_parameters(self, values: Mapping[str, object]) -> Future | None:
         """Load the head that a change of parameters asks for, off the executor's thread."""
+        self._candidate_head = None  # of a request that was refused: its file may be another one by now
         name = values.get("correction.model_path")
-        if self._loop is None or not isinstance(name, str) or name == self._settings.value.correction__model_path:
+        # For "" there is nothing to load, and correction.enabled of the same request says whether it is allowed.
+        if self._loop is None or not isinstance(name, str) or name in ("", self._settings.value.correction__model_path):
             return None
         config = dataclasses.replace(self._settings.value, correction__model_path=name)
         loaded = self._loader.submit(self._load_head, config)
@@ -265,12 +273,13 @@ class CorrectionController(ManagedNode):
             return
         if self._candidate_head is not None and self._candidate_head[0] == config.correction__model_path:
             self._head = self._candidate_head[1].result()
-        self._candidate_head = None
+            self._candidate_head = None
         # Not the loop's head: what was posted before may not have reached it yet.
         self._post(partial(self._use, config, self._head, self._announce(config, self._head)))
 
     def _use(self, config: ControllerConfig, head: OnnxHead | None, revision: int) -> None:
         self._loop.configure(config, head)
+        self._rehearsal.configure(dataclasses.replace(config, correction__enabled=False), None)
         self._revision = revision
 
     def _announce(self, config: ControllerConfig, head: OnnxHead | None) -> int:
@@ -337,6 +346,11 @@ class CorrectionController(ManagedNode):
         else:
             self._work_ready.trigger()
 
+    def _fine(self, key: str) -> None:
+        """End a problem; where there is none, as in nearly every tick, the executor is not woken."""
+        if self._log.holds(key):
+            self._later(partial(self._log.fine, key))
+
     def _do_postponed_work(self) -> None:
         while self._postponed_work:
             self._postponed_work.popleft()()
@@ -347,11 +361,11 @@ class CorrectionController(ManagedNode):
     # --- messages and services, on the executor's thread --------------------------------------------------------
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        if self._loop is None:
+        if self._loop is None and request.data:
             response.message = "not configured, allowed is to configure first"
             return response
         try:
-            self._ask(self._loop.enable if request.data else self._loop.disable)
+            self._ask(self._latch.enable if request.data else self._latch.disable)
         except (StateError, TimeoutError) as error:
             response.message = str(error) or "the control loop does not answer: does the clock stand still?"
             return response
@@ -361,8 +375,7 @@ class CorrectionController(ManagedNode):
         return response
 
     def _on_emergency_stop(self, message: Bool) -> None:
-        if self._loop is not None:
-            self._post(lambda: self._loop.emergency_stop(message.data, self.get_clock().now().nanoseconds))
+        self._post(lambda: self._latch.emergency_stop(message.data, self.get_clock().now().nanoseconds))
 
     def _on_takeover(self, message: JointState) -> None:
         try:
@@ -378,6 +391,8 @@ class CorrectionController(ManagedNode):
             self._loop.take_over(command, stamp_ns, self._now_ns(self._source.snapshot()))
         except ObservationError as error:
             self._later(partial(self._log.problem, "takeover command", f"takeover command refused: {error}"))
+        else:
+            self._fine("takeover command")
 
     def _on_chunk(self, message: ActionChunkMsg) -> None:
         try:
@@ -399,7 +414,8 @@ class CorrectionController(ManagedNode):
         if installed:
             self._language = chunk.language
             self._rehearsal.reset()
-            self._rehearsal.install(chunk, chunk.t_obs_ns)
+            with contextlib.suppress(ChunkError):  # the loop took it: no reason to stop, only to tick with cold caches
+                self._rehearsal.install(chunk, chunk.t_obs_ns)
             self._later(partial(self._log.fine, "chunk"))
 
     def _on_status(self, message: PlannerStatus) -> None:
@@ -452,6 +468,8 @@ class CorrectionController(ManagedNode):
                 self._sink.rehearse(step.command, next_ns)
         except Exception as error:  # noqa: BLE001, a defect, but not of the tick: the robot goes on, a little later
             self._later(partial(self._log.problem, "rehearsal", f"{type(error).__name__} in a rehearsal: {error}"))
+        else:
+            self._fine("rehearsal")
 
     def _on_deadline(self) -> None:
         """Real time: a deadline has come; on the loop's thread."""
@@ -521,7 +539,8 @@ class CorrectionController(ManagedNode):
         except Exception as error:  # noqa: BLE001, a defect: the robot must come to its hold, commanded by the next tick
             self._loop.fault(f"{type(error).__name__}: {error}")
             text = f"a defect of the control loop:\n{traceback.format_exc()}"
-            self._later(partial(self._log.problem, "tick", text))
+            # Every one: the latch makes it one per fault. A lambda: rclpy ties a severity to the line that logs.
+            self._later(lambda: self.get_logger().error(text))
             return
         command_latency_ns = 0
         if step.command is not None:

@@ -40,7 +40,7 @@ class ObservationSource:
         node: Owner of the subscriptions.
         profile: The robot.
         lockstep: Subscribe reliably.
-        log: Where problems go, one key per stream.
+        log: Where problems go, one key per stream and one per camera's preparation.
         on_sample: Called after each accepted or repeated sample, by the executor's thread.
         prepare: Called with camera and image before the image counts as arrived, in a thread of its own, for work that
             is better done once per image than in the tick. An image that could not be begun in time is dropped.
@@ -135,10 +135,13 @@ class ObservationSource:
         def converted(serialized: bytes) -> tuple[int, np.ndarray]:
             stamp_ns, image = convert(serialized)
             if self._prepare is not None:
+                key = f"preparation of {camera}"
                 try:
                     self._prepare(camera, image)
                 except (HeadError, ObservationError) as error:  # the image is good; the tick will meet the same error
-                    self._log.problem("preparation", f"preparation of an image of {camera}: {error}")
+                    self._log.problem(key, f"preparation of an image of {camera}: {error}")
+                else:
+                    self._log.fine(key)
             return stamp_ns, image
 
         return converted

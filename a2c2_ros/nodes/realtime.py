@@ -38,7 +38,8 @@ def become_realtime(priority: int) -> str:
 def become_normal() -> None:
     """Undo :func:`become_realtime`."""
     with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        # The flag stays: Linux refuses to clear it without CAP_SYS_NICE, and then the priority would stay, too.
+        os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
 
 
 class TickThread:

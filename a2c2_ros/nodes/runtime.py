@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
@@ -147,6 +148,10 @@ class EdgeLog:
             self._logger.error(text)
         self._active[key] = text
 
+    def holds(self, key: str) -> bool:
+        """Whether the condition ``key`` was reported and has not ended."""
+        return key in self._active
+
     def fine(self, key: str) -> None:
         """The condition ``key`` does not hold."""
         if self._active.pop(key, None) is not None:
@@ -191,16 +196,25 @@ class ManagedNode(LifecycleNode):
             self.configure()
         except A2C2Error as error:
             self.get_logger().error(f"not configured: {error}")
-            self.cleanup()
-            return TransitionCallbackReturn.FAILURE
-        return TransitionCallbackReturn.SUCCESS
+        except Exception:  # noqa: BLE001, as in _defect
+            self._defect("configured")
+        else:
+            return TransitionCallbackReturn.SUCCESS
+        self.cleanup()
+        return TransitionCallbackReturn.FAILURE
 
     def on_activate(self, state) -> TransitionCallbackReturn:
-        self.activate()
+        try:
+            self.activate()
+        except Exception:  # noqa: BLE001, as in _defect
+            return self._defect("activated")
         return super().on_activate(state)
 
     def on_deactivate(self, state) -> TransitionCallbackReturn:
-        self.deactivate()
+        try:
+            self.deactivate()
+        except Exception:  # noqa: BLE001, as in _defect
+            return self._defect("deactivated")
         return super().on_deactivate(state)
 
     def on_cleanup(self, state) -> TransitionCallbackReturn:
@@ -211,6 +225,11 @@ class ManagedNode(LifecycleNode):
         self.deactivate()
         self.cleanup()
         return TransitionCallbackReturn.SUCCESS
+
+    def _defect(self, transition: str) -> TransitionCallbackReturn:
+        """Log the exception that is being handled: rclpy makes it an ERROR, too, but without a word."""
+        self.get_logger().error(f"not {transition}, a defect:\n{traceback.format_exc()}")
+        return TransitionCallbackReturn.ERROR
 
     def autostart(self) -> None:
         """Configure and activate now.

@@ -1,0 +1,379 @@
+"""The controller node in the test's own process: its life cycle, its parameters and what it logs."""
+
+import contextlib
+import gc
+import queue
+import random
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+rclpy = pytest.importorskip("rclpy")
+
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.lifecycle import TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from rclpy.parameter_client import AsyncParameterClient
+from rclpy.time import Time
+from std_msgs.msg import Bool
+from std_srvs.srv import SetBool
+
+from a2c2_ros.core.chunk import ActionChunk
+from a2c2_ros.core.errors import ChunkError, ConfigError, HeadError
+from a2c2_ros.core.observation import Observation
+from a2c2_ros.core.safety import Reason, State
+from a2c2_ros.core.timing import Tick
+from a2c2_ros.drivers.profile import load_profile
+from a2c2_ros.nodes import correction_controller
+from a2c2_ros.nodes.conversions import array_to_joint_state, chunk_to_message
+from a2c2_ros.nodes.correction_controller import CorrectionController
+from a2c2_ros.nodes.observation_source import ObservationSource
+from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, reliable_qos
+from a2c2_ros.paths import model_path
+
+WAIT_S = 30.0
+PERIOD_NS = 50_000_000
+NO_DATA = Observation({}, {})
+
+
+@contextlib.contextmanager
+def ros(**parameters):
+    """ROS in this process, with a node's parameters."""
+    arguments = [text for name, value in parameters.items() for text in ("-p", f"{name.replace('__', '.')}:={value}")]
+    rclpy.init(args=["--ros-args", *arguments], domain_id=random.SystemRandom().randrange(1, 100))
+    try:
+        yield
+    finally:
+        rclpy.shutdown()
+
+
+@contextlib.contextmanager
+def controller(**parameters):
+    """A controller of a Panda that was configured, or also activated if lockstep is true: then it has no thread."""
+    interval_s = sys.getswitchinterval()
+    defaults = {"robot": "panda", "correction__enabled": False, "correction__model_path": "''", "autostart": False}
+    defaults |= {"start_state": "enabled", "realtime__priority": 0}
+    with ros(**defaults | parameters):
+        node = CorrectionController()
+        try:
+            assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+            if parameters.get("lockstep"):
+                assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+            yield node
+        finally:
+            node.close()
+            node.destroy_node()
+            sys.setswitchinterval(interval_s)
+            gc.unfreeze()
+
+
+def enable(node, value=True):
+    response = node._on_enable(SetBool.Request(data=value), SetBool.Response())
+    return response.success, response.message
+
+
+def configured_anew(node):
+    """What the loop is latched in after cleanup and configure, None if it may run."""
+    assert node.trigger_cleanup() == TransitionCallbackReturn.SUCCESS
+    assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+    verdict = node._loop.tick(0, NO_DATA)
+    return (verdict.state, verdict.reason) if node._loop.latched else None
+
+
+# --- latches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pressed_emergency_stop_and_its_latch_survive_cleanup():
+    with controller() as node:
+        node._on_emergency_stop(Bool(data=True))
+        assert configured_anew(node) == (State.STOPPED, Reason.EMERGENCY_STOP)
+        accepted, text = enable(node)
+        assert not accepted and "pressed" in text
+        node._on_emergency_stop(Bool(data=False))
+        assert configured_anew(node) == (State.STOPPED, Reason.EMERGENCY_STOP), "a release does not enable"
+        assert enable(node)[0]
+        assert configured_anew(node) is None
+        node._loop.fault("broken")
+        assert configured_anew(node) == (State.FAULT, Reason.INTERNAL_ERROR)
+
+
+def test_stop_and_disable_are_heard_while_nothing_is_configured():
+    with controller() as node:
+        node.trigger_cleanup()
+        accepted, text = enable(node)
+        assert not accepted and "not configured" in text
+        node._on_emergency_stop(Bool(data=True))
+        node.trigger_configure()
+        assert not enable(node)[0]
+        node._on_emergency_stop(Bool(data=False))
+        assert enable(node)[0]
+        node.trigger_cleanup()
+        assert enable(node, False)[0]
+        node.trigger_configure()
+        assert node._loop.latched
+
+
+def test_a_robot_that_starts_disabled_has_to_be_enabled_after_every_configuration():
+    with controller(start_state="disabled") as node:
+        assert enable(node)[0]
+        assert configured_anew(node) == (State.STOPPED, Reason.DISABLED)
+
+
+# --- parameters and heads --------------------------------------------------------------------------------------------
+
+
+class Loading:
+    """Heads that take as long to load as the test wants, and a client of the node's parameters."""
+
+    def __init__(self, monkeypatch):
+        self.loaded, self.may_end = [], threading.Event()
+        self._node = None
+        monkeypatch.setattr(correction_controller, "OnnxHead", self._load)
+        monkeypatch.setattr(
+            correction_controller, "model_path", lambda name: name if name.startswith("head") else model_path(name)
+        )
+
+    def _load(self, path, threads):
+        self.loaded.append(path)
+        assert self.may_end.wait(WAIT_S)
+        manifest = SimpleNamespace(check_robot=lambda *_: None, to_json=lambda: "{}")
+        return SimpleNamespace(path=path, sha256="", manifest=manifest, warm_up=lambda: None)
+
+    def serve(self, node):
+        self._peer = rclpy.create_node("peer")
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(node)
+        self._executor.add_node(self._peer)
+        self.client = AsyncParameterClient(self._peer, node.get_name())
+        self.stop = self._peer.create_publisher(Bool, "emergency_stop", reliable_qos(10))
+        self.spin_until(lambda: self.client.services_are_ready() and self.stop.get_subscription_count())
+
+    def spin_until(self, condition):
+        deadline = time.monotonic() + WAIT_S
+        while not condition():
+            assert time.monotonic() < deadline
+            self._executor.spin_once(timeout_sec=0.05)
+
+    def set(self, *parameters, atomically=False):
+        """(accepted, reason) of each, or of all."""
+        call = self.client.set_parameters_atomically if atomically else self.client.set_parameters
+        answer = call([Parameter(name, value=value) for name, value in parameters])
+        self.spin_until(answer.done)
+        results = [answer.result().result] if atomically else answer.result().results
+        return [(result.successful, result.reason) for result in results]
+
+    def close(self):
+        self.may_end.set()
+        self._executor.shutdown()
+        self._peer.destroy_node()
+
+
+@pytest.fixture
+def loading(monkeypatch):
+    return Loading(monkeypatch)
+
+
+@pytest.mark.timeout(150)
+def test_a_head_among_other_parameters_is_loaded_once(loading):
+    with controller() as node, contextlib.closing(loading):
+        loading.serve(node)
+        loading.may_end.set()
+        wanted = [("residual_limit", 2.0), ("correction.model_path", "head A"), ("action_margin", 2.0)]
+        assert loading.set(*wanted) == [(True, "")] * 3
+        assert loading.loaded == ["head A"] and node._loop.head.path == "head A"
+        assert loading.set(("correction.model_path", "head B"), ("residual_limit", 3.0)) == [(True, "")] * 2
+        assert loading.loaded == ["head A", "head B"] and node._loop.head.path == "head B"
+
+
+@pytest.mark.timeout(150)
+def test_a_stop_and_the_sink_go_on_while_a_head_loads(loading, monkeypatch):
+    sent = []
+
+    def make_sink(node, profile, callback_group=None):
+        return SimpleNamespace(ready=node.create_guard_condition(lambda: sent.append(1), callback_group=callback_group))
+
+    monkeypatch.setattr(correction_controller, "make_sink", make_sink)
+    with controller() as node, contextlib.closing(loading):
+        loading.serve(node)
+        answer = loading.client.set_parameters([Parameter("correction.model_path", value="head A")])
+        loading.spin_until(lambda: loading.loaded)
+        node._sink.ready.trigger()
+        loading.stop.publish(Bool(data=True))
+        loading.spin_until(lambda: sent and node._loop.latched)
+        assert not answer.done()
+        loading.may_end.set()
+        loading.spin_until(answer.done)
+        assert answer.result().results[0].successful
+
+
+@pytest.mark.timeout(150)
+def test_correction_and_its_head_can_be_switched_off_together(loading):
+    loading.may_end.set()
+    with controller(correction__enabled=True, correction__model_path="'head A'") as node, contextlib.closing(loading):
+        loading.serve(node)
+        off, no_head = ("correction.enabled", False), ("correction.model_path", "")
+        ((accepted, reason),) = loading.set(no_head)
+        assert not accepted and "''" in reason
+        assert loading.set(off, no_head, atomically=True) == [(True, "")]
+        assert node._loop.head is None and not node._loop.config.correction__enabled
+
+
+def test_a_wider_margin_counts_for_the_rehearsal_and_its_refusals_stop_nothing(monkeypatch):
+    with controller(lockstep=True) as node:
+        robot = load_profile("panda").robot
+        far = np.tile(np.array([0, 0, 0, 3.0, 0, 1.5, 0, -1], np.float32), (10, 1))
+
+        def come(number):
+            now_ns = node.get_clock().now().nanoseconds
+            chunk = ActionChunk(number, now_ns, PERIOD_NS, far, robot.action_names, [], [], "policy", "planner")
+            node._on_chunk(chunk_to_message(chunk, ""))
+
+        come(1)
+        assert node._loop.chunks == {"implausible": 1}
+        assert node.set_parameters([Parameter("action_margin", value=3.0)])[0].successful
+        come(2)
+        assert node._loop.chunks["accepted"] == 1 and node._rehearsal.chunks == {"accepted": 1}
+
+        def refuse(chunk, now_ns):
+            raise ChunkError("not for a rehearsal")
+
+        monkeypatch.setattr(node._rehearsal, "install", refuse)
+        come(3)
+        assert node._loop.chunks["accepted"] == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/head.onnx"])
+def test_a_model_that_cannot_be_looked_for_is_an_error_of_the_configuration(name):
+    with pytest.raises(ConfigError, match=name):
+        model_path(name)
+
+
+# --- life cycle ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("broken", "result"),
+    [
+        ("configure", TransitionCallbackReturn.FAILURE),
+        ("activate", TransitionCallbackReturn.ERROR),
+        ("deactivate", TransitionCallbackReturn.ERROR),
+    ],
+)
+def test_a_defect_in_a_transition_is_logged(broken, result, capfd):
+    calls = []
+
+    class Broken(ManagedNode):
+        def cleanup(self):
+            calls.append("cleanup")
+
+    def fail(self):
+        raise ValueError("broken on purpose")
+
+    setattr(Broken, broken, fail)
+    with ros():
+        node = Broken("broken")
+        try:
+            transitions = {name: getattr(node, f"trigger_{name}") for name in ("configure", "activate", "deactivate")}
+            results = {}
+            for name, transition in transitions.items():
+                results[name] = transition()
+                if name == broken:
+                    break
+        finally:
+            node.destroy_node()
+    log = capfd.readouterr().err
+    assert f"not {broken}d, a defect" in log and "in fail" in log and "ValueError: broken on purpose" in log
+    assert results.pop(broken) == result
+    assert set(results.values()) <= {TransitionCallbackReturn.SUCCESS}
+    assert calls == (["cleanup"] if broken == "configure" else [])
+
+
+def test_time_in_which_the_node_was_not_active_is_no_missed_tick():
+    with controller(use_sim_time=True) as node:
+        published = queue.Queue()
+        node._step_publisher = SimpleNamespace(publish=published.put)
+        clock = node.get_clock()
+
+        def missed_at(step):
+            ns = 5_000_000_000 + step * PERIOD_NS
+            clock.set_ros_time_override(Time(nanoseconds=ns, clock_type=clock.clock_type))
+            return published.get(timeout=WAIT_S).missed_ticks
+
+        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+        assert [missed_at(0), missed_at(1), missed_at(3)] == [0, 0, 1]
+        assert node.trigger_deactivate() == TransitionCallbackReturn.SUCCESS
+        clock.set_ros_time_override(Time(nanoseconds=5_500_000_000, clock_type=clock.clock_type))
+        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+        assert [published.get(timeout=WAIT_S).missed_ticks, missed_at(11)] == [0, 0]
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+def fail_with(text):
+    def fail(*_):
+        raise ValueError(text)
+
+    return fail
+
+
+def test_every_defect_of_a_tick_is_logged(capfd, monkeypatch):
+    with controller(lockstep=True) as node:
+        node._clock_jumped(Tick(0, 0, 0, -1))  # logs with another severity
+        for text in ("the first defect", "the second defect"):
+            with monkeypatch.context() as broken:
+                broken.setattr(node._loop, "tick", fail_with(text))
+                node._run(Tick(0, 0, 0, 0), NO_DATA, 0, None)
+            assert node._loop.latched
+            assert enable(node)[0]
+    log = capfd.readouterr().err
+    assert "ValueError: the first defect" in log
+    assert "ValueError: the second defect" in log
+
+
+def test_takeovers_and_rehearsals_that_fail_again_are_logged_again(capfd, monkeypatch):
+    with controller(lockstep=True) as node:
+        names = load_profile("panda").robot.action_names
+
+        def drive(value):
+            now_ns = node.get_clock().now().nanoseconds
+            node._on_takeover(array_to_joint_state(np.full(len(names), value), names, now_ns))
+
+        node._grid.tick(0)
+        for value in (np.nan, np.nan, 0.0, np.nan):
+            drive(value)
+        for text in ("the first", "the first", "", "the second"):
+            with monkeypatch.context() as broken:
+                if text:
+                    broken.setattr(node._rehearsal, "tick", fail_with(text))
+                node._rehearse()
+    log = capfd.readouterr().err
+    assert log.count("finite values") == 2
+    assert log.count("in a rehearsal: the first") == log.count("in a rehearsal: the second") == 1
+
+
+def test_the_preparation_of_each_camera_is_logged_when_it_fails_again(capfd):
+    problems = {"agentview": ""}
+
+    def prepare(camera, image):
+        if problems.get(camera):
+            raise HeadError(problems[camera])
+
+    with ros():
+        node = rclpy.create_node("owner")
+        source = ObservationSource(node, load_profile("libero"), False, EdgeLog(node), prepare=prepare)
+        convert = {
+            camera: source._preparing(camera, lambda serialized: (0, np.zeros(()))) for camera in ("agentview", "wrist")
+        }
+        for problem in ("the first", "the first", "", "the second"):
+            problems["agentview"] = problem
+            for camera in convert:
+                convert[camera](b"")
+        source.close()
+        node.destroy_node()
+    log = capfd.readouterr().err
+    assert log.count(": the first") == log.count(": the second") == 1
