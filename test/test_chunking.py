@@ -1,6 +1,7 @@
 """How chunks follow each other: stop and wait, real-time chunking in both forms, and what it goes on from."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import ChunkError, ConfigError, PolicyError
 from a2c2_ros.core.planner import PlannerSchedule, leftover
-from a2c2_ros.core.safety import State
+from a2c2_ros.core.safety import Reason, State
 from a2c2_ros.evaluation.methods import METHODS
 from a2c2_ros.evaluation.rollout import run_episode
 from a2c2_ros.policies.base import Continuation, PolicyOutput
@@ -160,6 +161,89 @@ def test_synchronous_answers_a_new_instruction_when_the_robot_stands():
     assert schedule.next_request(T0 + 4 * STEP_NS).t_due_ns == T0 + 6 * STEP_NS
     schedule.invalidate()
     assert schedule.next_request(T0 + 5 * STEP_NS).t_due_ns == T0 + 7 * STEP_NS
+
+
+# ---- a person takes over
+
+
+class Driven:
+    """Planner and loop with a person who commands for a while; observations and ticks are one control step apart."""
+
+    def __init__(self, inference_steps, **config):
+        self.config = PlannerConfig(horizon=50, **config)
+        self.schedule = PlannerSchedule(self.config)
+        self.loop = CorrectionLoop(ControllerConfig(correction__enabled=False), make_robot())
+        self.inference_steps = inference_steps
+        self.asked, self.steps, self.observed = [], [], {}  # observed: of every chunk, by its number
+
+    def run(self, steps, driven):
+        for n in range(steps):
+            now_ns = T0 + n * STEP_NS
+            if n in driven:
+                self.schedule.replan(now_ns + self.config.takeover_timeout_ns)
+                self.loop.take_over(np.zeros(3), now_ns, now_ns)
+            self._publish(n, now_ns)
+            if self.schedule.next_request(now_ns) is not None:
+                self.asked.append(n)
+                self._publish(n, now_ns)
+            self.steps.append(self.loop.tick(now_ns, make_observation(now_ns)))
+        return self
+
+    def _publish(self, n, now_ns):
+        flying = self.schedule.in_flight
+        if flying is None or n < self.asked[-1] + self.inference_steps or now_ns < flying.t_due_ns:
+            return
+        number = len(self.asked)
+        self.observed[number] = self.asked[-1]
+        chunk = self.schedule.release(make_chunk(flying.t_obs_ns, horizon=50, chunk_id=number), now_ns)
+        self.loop.install(chunk, now_ns)
+
+    def executed(self):
+        """(step, step at which its chunk was observed)"""
+        return [(n, self.observed[s.chunk_id]) for n, s in enumerate(self.steps) if s.state is State.BASE_ONLY]
+
+
+TIMEOUT_STEPS = 4  # takeover_timeout_s
+
+
+@pytest.mark.parametrize("driven", [range(20, 38), range(20, 32), range(14, 50)])
+def test_synchronous_chunk_of_a_takeover_is_not_executed(driven):
+    rig = Driven(12, chunking="synchronous", execution_horizon=20, inference_delay=0).run(120, driven)
+    over = driven[-1] + TIMEOUT_STEPS
+    afterwards = [(n, observed) for n, observed in rig.executed() if n > driven[0]]
+    assert afterwards and min(observed for _, observed in afterwards) >= over
+    assert min(n for n, _ in afterwards) <= over + 2 * 12 + 1, "what was in flight, then what was observed since"
+
+
+@pytest.mark.parametrize("chunking", ["asynchronous", "rtc", "synchronous"])
+@pytest.mark.parametrize(("inference_steps", "delay"), [(0, 0), (1, 0), (3, 5)])
+def test_after_a_takeover_the_next_inference_does_not_wait_for_the_last_chunk(chunking, inference_steps, delay):
+    driven = range(50, 110)
+    config = {"chunking": chunking, "execution_horizon": 40, "inference_delay": delay}
+    rig = Driven(inference_steps, **config).run(200, driven)
+    over = driven[-1] + TIMEOUT_STEPS
+    first = min(n for n in rig.asked if n >= over)
+    assert first <= over + max(inference_steps, delay), "at once, or after what is in flight"
+    goes_on = min(n for n, _ in rig.executed() if n > driven[0])
+    assert goes_on <= first + max(inference_steps, delay) + 1
+    assert rig.steps[goes_on - 1].reason is Reason.TAKEOVER_ENDED or goes_on == over + 1
+
+
+def test_a_steady_takeover_neither_starves_nor_floods_the_policy():
+    rig = Driven(1, execution_horizon=10, inference_delay=0).run(100, range(5, 100))
+    assert rig.asked == list(range(0, 100, 10))
+    assert {s.state for s in rig.steps[5:]} == {State.TAKEOVER} and {s.slot for s in rig.steps[5:]} == set(range(1, 11))
+
+
+def test_a_takeover_is_forgotten_with_the_clock_it_was_in():
+    schedule = PlannerSchedule(PlannerConfig(chunking="synchronous", horizon=8, execution_horizon=4, inference_delay=0))
+    schedule.replan(T0 + 100 * STEP_NS)
+    schedule.reset()
+    schedule.next_request(T0)
+    assert schedule.release(make_chunk(T0), T0 + STEP_NS).t_obs_ns == T0 + STEP_NS, "the robot stood still"
+
+
+# ---- changing it
 
 
 def test_chunking_may_change_between_two_chunks():
@@ -330,6 +414,27 @@ def test_the_expert_solves_a_task_in_the_same_record():
 
 
 # ---- the node
+
+
+def test_a_person_s_command_counts_from_its_stamp_but_not_from_the_future():
+    pytest.importorskip("rclpy")
+    from sensor_msgs.msg import JointState
+
+    from a2c2_ros.nodes.chunk_planner import ChunkPlanner
+    from a2c2_ros.nodes.conversions import to_time
+
+    voided = []
+    clock = SimpleNamespace(now=lambda: SimpleNamespace(nanoseconds=T0))
+    planner = SimpleNamespace(
+        get_clock=lambda: clock,
+        _settings=SimpleNamespace(value=PlannerConfig(takeover_timeout_s=0.3)),
+        _schedule=SimpleNamespace(replan=voided.append),
+    )
+    for stamp_ns in (T0 - STEP_NS, T0 + STEP_NS, T0 + 3600 * 10**9):
+        message = JointState()
+        message.header.stamp = to_time(stamp_ns)
+        ChunkPlanner._on_takeover(planner, message)
+    assert [t_ns - T0 - 300_000_000 for t_ns in voided] == [-STEP_NS, STEP_NS, 50_000_000]
 
 
 @pytest.mark.timeout(200)

@@ -1,5 +1,7 @@
 """The timing model: the slot that is executed is the time that has passed, whatever happens to the chunks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import NAMES, STEP_NS, make_chunk, make_observation, make_robot
@@ -10,6 +12,7 @@ from a2c2_ros.core.buffer import ChunkBuffer
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import ChunkError, ConfigError
+from a2c2_ros.core.limits import Limits
 from a2c2_ros.core.planner import PlannerSchedule
 from a2c2_ros.core.safety import Reason, State
 from a2c2_ros.core.schedule import admissible_execution_horizons, check_timing, delay_steps, slot_index
@@ -268,6 +271,7 @@ def test_stale_or_future_observations_hold(stamp, reason):
     ("changes", "code"),
     [
         ({"action_names": ("x", "gripper", "y")}, "names"),
+        ({"step_ns": 2 * STEP_NS}, "step"),
         ({"t_obs_ns": T0 + 10**9}, "future"),
         ({"t_obs_ns": T0 - 8 * STEP_NS}, "expired"),
         ({"actions": np.full((8, 3), 3.5)}, "implausible"),
@@ -280,6 +284,21 @@ def test_a_chunk_that_does_not_fit_is_refused_counted_and_changes_nothing(change
     assert caught.value.code == code
     assert loop.tick(T0, make_observation(T0)).state == State.WAITING
     assert loop.chunks == {code: 1}
+
+
+def test_a_chunk_of_another_control_period_is_refused():
+    loop = CorrectionLoop(ControllerConfig(correction__enabled=False), make_robot())
+    with pytest.raises(ChunkError, match=r"slots last 0\.1 s, allowed is the control period of 0\.05 s"):
+        loop.install(make_chunk(T0, step_ns=2 * STEP_NS), T0)
+
+
+def test_an_implausible_chunk_is_refused_for_the_channel_that_is_farthest_outside():
+    lower, upper = np.array([-10, -1, -1], np.float32), np.array([10, 1, 1], np.float32)
+    wide = dataclasses.replace(make_robot(), limits=Limits.of(NAMES, lower, upper))
+    loop = CorrectionLoop(ControllerConfig(correction__enabled=False), wide)
+    for y in (-4.0, 4.0):  # x is larger, and allowed
+        with pytest.raises(ChunkError, match=f"action 'y' is {y:g} to {y:g}, allowed is -3 to 3"):
+            loop.install(make_chunk(T0, actions=np.tile([9.0, y, 0.0], (8, 1))), T0)
 
 
 def test_a_head_for_other_chunks_holds_and_says_why():

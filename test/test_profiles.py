@@ -353,6 +353,27 @@ def test_the_measured_position_and_the_urdf_s_limits_are_in_action_units(load):
     np.testing.assert_allclose(limits.velocity, [1.0, 0.25, 0.5, np.inf])
 
 
+@pytest.mark.parametrize("scale", [1.0, -2.0])
+def test_a_continuous_joint_has_less_than_a_turn(load, tmp_path, scale):
+    """An angle that the driver wraps is never inside: a hold at a measurement inside would turn the joint back."""
+    urdf = tmp_path / "mock.urdf"
+    urdf.write_text(urdf.read_text().replace('"arm_joint1" type="revolute"', '"arm_joint1" type="continuous"'))
+    widest = 2 * np.pi - 0.5
+    changes = {"command.scale": [1.0, 1.0, scale], "limits.lower": {"joint1": -1.0}}  # the driver's order
+    upper = widest / abs(scale) - 1.0
+    assert load("mock", changes | {"limits.upper": {"joint1": upper - 1e-6}}).robot.limits.lower[0] == -1.0
+    with pytest.raises(ConfigError) as caught:
+        load("mock", changes | {"limits.upper": {"joint1": upper + 1e-3}})
+    text = str(caught.value)
+    assert "entry 'limits.upper' is" in text and "joint 'arm_joint1' is continuous" in text
+    assert f"at most lower + {widest / abs(scale):.3f} for 'joint1', which has -1 to {upper + 1e-3:g}" in text
+
+
+def test_a_joint_with_ends_does_not_wrap(load):
+    changes = {"limits.lower": {"joint2": -9.0}, "limits.upper": {"joint2": 9.0}}
+    assert load("mock", changes).robot.limits.upper[1] == 9.0
+
+
 def test_typed_limits_go_before_the_urdf(load):
     limits = load("mock", {"limits.lower": {"joint2": -0.5}, "limits.velocity": [0.1, 0.2, 0.3, None]}).robot.limits
     np.testing.assert_allclose(limits.lower, [-2.9, -0.5, -2.0, -1.0])

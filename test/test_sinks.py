@@ -2,8 +2,10 @@
 
 import importlib.util
 import random
+import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,9 +16,11 @@ rclpy = pytest.importorskip("rclpy")
 from rclpy.action import ActionServer
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.serialization import serialize_message
+from rclpy.task import Future
 from sensor_msgs.msg import CompressedImage, Image
 
 from a2c2_ros.core.errors import ConfigError, ObservationError
+from a2c2_ros.drivers import sinks
 from a2c2_ros.drivers.mapping import ChannelMap
 from a2c2_ros.drivers.profile import CameraTopic, load_profile
 from a2c2_ros.drivers.sinks import GRIPPER_REPEAT_NS, make_sink
@@ -232,12 +236,20 @@ def test_a_gripper_s_action(bench, kind):
     profile = with_action(kind)
     sink = bench.sink(profile)
     closed, opened = np.array([0, 0, 0, 0, 0, 0, 1], np.float32), np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
-    sink.send(opened, T0_NS)  # nobody is there yet
+    step = 0
+
+    def command(action):
+        nonlocal step
+        sink.send(action, T0_NS + step * STEP_NS)
+        step += 1
+
+    command(opened)  # nobody is there yet
     ActionServer(bench.driver, action_type, profile.gripper.topic, execute)
-    bench.spin_until(lambda: len(goals) == 1)
-    for step in range(1, 2 * GRIPPER_REPEAT_NS // STEP_NS):
-        sink.send(opened, T0_NS + step * STEP_NS)
-    sink.send(closed, T0_NS + step * STEP_NS)
+    bench.spin_until(lambda: command(opened) or goals)
+    bench.spin_until(lambda: not sink._gripper._driver.repeats)  # it was told that the goal is accepted
+    for _ in range(2 * GRIPPER_REPEAT_NS // STEP_NS):
+        command(opened)
+    command(closed)
     bench.spin_until(lambda: len(goals) == 2)
     if kind == "gripper_command":
         assert [(goal.position, goal.max_effort) for goal in goals] == [(0.04, 20.0), (0.0, 20.0)]
@@ -246,6 +258,128 @@ def test_a_gripper_s_action(bench, kind):
             (["finger"], [0.04], [20.0]),
             (["finger"], [0.0], [20.0]),
         ]
+
+
+class Client:
+    """An action's client; the test plays its server."""
+
+    def __init__(self, node, action_type, name, *, callback_group=None):
+        self.group = callback_group
+        self.up, self.goals, self.unanswered = True, [], []
+        node.client = self
+
+    def server_is_ready(self):
+        return self.up
+
+    def send_goal_async(self, goal):
+        self.goals.append(goal.command.position)
+        self.unanswered.append(Future())
+        return self.unanswered[-1]
+
+    def answer(self, accepted):
+        self.unanswered.pop(0).set_result(SimpleNamespace(accepted=accepted))
+
+
+class ActionBench:
+    """A gripper's action without ROS: what the executor would do is done at once."""
+
+    def __init__(self, patch):
+        fields = {"position": 0.0, "max_effort": 0.0}
+        goal = type("Goal", (), {"__init__": lambda self: setattr(self, "command", SimpleNamespace(**fields))})
+        action = SimpleNamespace(GripperCommand=SimpleNamespace(Goal=goal))
+        patch.setitem(sys.modules, "control_msgs.action", action)
+        patch.setattr(sinks, "ActionClient", Client)
+        self.errors, self.infos, self.timers = [], [], []
+        self.group, self.step = object(), 0
+        self.sink = make_sink(self, with_action("gripper_command"), callback_group=self.group)
+
+    # The part of a node that a sink uses.
+
+    def get_logger(self):
+        return SimpleNamespace(error=self.errors.append, info=self.infos.append)
+
+    def create_publisher(self, *arguments):
+        return SimpleNamespace(publish=lambda message: None)
+
+    def create_guard_condition(self, callback, callback_group=None):
+        self.guard_group = callback_group
+        return SimpleNamespace(trigger=callback)
+
+    def create_timer(self, period_s, callback, callback_group=None, **others):
+        self.timers.append(callback)
+
+    # What the test does.
+
+    def command(self, gripper, steps=1):
+        """Send the same command at every step."""
+        for _ in range(steps):
+            self.sink.send(np.array([0, 0, 0, 0, 0, 0, gripper], np.float32), T0_NS + self.step * STEP_NS)
+            self.step += 1
+
+    def silence(self, steps):
+        """Only time passes."""
+        self.step += steps
+        for callback in self.timers:
+            callback()
+
+
+@pytest.fixture
+def action(monkeypatch):
+    return ActionBench(monkeypatch)
+
+
+REPEAT_STEPS = GRIPPER_REPEAT_NS // STEP_NS
+
+
+def test_a_gripper_s_goal_that_nobody_took_is_not_sent_when_the_loop_is_silent(action):
+    action.client.up = False
+    action.command(1.0, 10)
+    action.silence(45 * REPEAT_STEPS)
+    action.client.up = True
+    action.silence(1)
+    assert action.client.goals == []
+    action.command(-1.0)
+    assert action.client.goals == [0.04], "and the next command counts"
+
+
+def test_a_gripper_s_goal_is_asked_for_until_there_is_a_server(action):
+    action.client.up = False
+    action.command(1.0, 3 * REPEAT_STEPS)
+    assert len(action.errors) == 1 and "nobody serves the action" in action.errors[0]
+    action.client.up = True
+    action.command(1.0, REPEAT_STEPS)
+    assert action.client.goals == [0.0]
+    action.client.answer(True)
+    action.command(1.0, 3 * REPEAT_STEPS)
+    assert action.client.goals == [0.0] and len(action.infos) == 1
+
+
+def test_a_gripper_s_goal_that_is_rejected_is_logged_once_and_asked_for_again(action):
+    for n in range(5):
+        action.command(1.0, REPEAT_STEPS)
+        assert action.client.goals == [0.0] * (n + 1)
+        action.client.answer(False)
+    assert len(action.errors) == 1 and "'panda_hand_controller/commands' did not accept its goal" in action.errors[0]
+    action.silence(60 * REPEAT_STEPS)
+    assert len(action.client.goals) == 5
+    action.command(1.0)
+    action.client.answer(True)
+    action.command(1.0, 3 * REPEAT_STEPS)
+    assert len(action.client.goals) == 6 and len(action.infos) == 1
+
+
+def test_the_answer_to_an_older_goal_does_not_count_for_a_newer_one(action):
+    action.command(1.0)
+    action.client.up = False
+    action.command(-1.0)  # it cannot be sent
+    action.client.answer(True)
+    action.client.up = True
+    action.command(-1.0, REPEAT_STEPS)
+    assert action.client.goals == [0.0, 0.04]
+
+
+def test_a_gripper_s_action_is_in_the_callback_group_that_was_given(action):
+    assert action.client.group is action.guard_group is action.group
 
 
 # --- compressed images -----------------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ from a2c2_ros.core.schedule import check_timing
 FUTURE_TOLERANCE_S = 0.05
 """How far a stamp may lie in the future before the clocks of the machines are taken to differ [s]."""
 
+TAKEOVER_TIMEOUT_S = 0.2
+"""Default of the parameter of that name, which controller and planner must agree on [s]."""
+
 Config = TypeVar("Config", bound="Parameters")
 
 
@@ -133,6 +136,12 @@ class PlannerConfig(Parameters):
         "the last chunk), tt_rtc (the policy was trained to go on from it)",
         choices=("asynchronous", "synchronous", "rtc", "tt_rtc"),
     )
+    takeover_timeout_s: float = parameter(
+        TAKEOVER_TIMEOUT_S,
+        "The controller's takeover_timeout_s, or more [s]; no chunk that was observed before it is over is executed",
+        low=0.01,
+        high=10.0,
+    )
     seed: int = parameter(0, "Seed of the policy's noise and of the delay's jitter", low=0, high=2**31 - 1)
     lockstep: bool = parameter(
         False, "Answer every observation with planner_status; for simulators that wait", dynamic=False
@@ -153,6 +162,11 @@ class PlannerConfig(Parameters):
     def step_ns(self) -> int:
         """Duration of a control step [ns]."""
         return round(1e9 / self.control_rate_hz)
+
+    @property
+    def takeover_timeout_ns(self) -> int:
+        """``takeover_timeout_s`` in nanoseconds."""
+        return round(self.takeover_timeout_s * 1e9)
 
 
 @dataclass(frozen=True)
@@ -197,7 +211,7 @@ class ControllerConfig(Parameters):
         0.1, "How long observations must be good again before the robot moves again [s]", low=0.0, high=60.0
     )
     takeover_timeout_s: float = parameter(
-        0.2, "How long a command of the topic takeover replaces the policy's [s]", low=0.01, high=10.0
+        TAKEOVER_TIMEOUT_S, "How long a command of the topic takeover replaces the policy's [s]", low=0.01, high=10.0
     )
     halt_steps: int = parameter(
         20, "Safe commands sent after the robot was stopped, then none [steps]", low=1, high=100_000

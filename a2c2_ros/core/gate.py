@@ -32,7 +32,7 @@ class ChunkGate:
         """Check that a chunk may move the robot.
 
         Raises:
-            ChunkError: If it may not. ``code`` is names, implausible, future, expired or owner.
+            ChunkError: If it may not. ``code`` is names, step, implausible, future, expired or owner.
         """
         config, name = self._config, f"chunk {chunk.chunk_id}"
         if chunk.action_names != self._robot.action_names:
@@ -41,8 +41,15 @@ class ChunkGate:
                 f"{list(self._robot.action_names)}",
                 "names",
             )
-        if (chunk.actions < self._lower).any() or (chunk.actions > self._upper).any():
-            worst = int(np.abs(chunk.actions).max(axis=0).argmax())
+        if chunk.step_ns != config.period_ns:
+            raise ChunkError(
+                f"{name}: its slots last {chunk.step_ns / 1e9} s, allowed is the control period of "
+                f"{config.period_ns / 1e9} s",
+                "step",
+            )
+        beyond = np.maximum(self._lower - chunk.actions, chunk.actions - self._upper).max(axis=0)
+        if (beyond > 0.0).any():
+            worst = int(beyond.argmax())
             raise ChunkError(
                 f"{name}: action {chunk.action_names[worst]!r} is {chunk.actions[:, worst].min():g} to "
                 f"{chunk.actions[:, worst].max():g}, allowed is {self._lower[worst]:g} to {self._upper[worst]:g} "

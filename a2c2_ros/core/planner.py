@@ -35,6 +35,8 @@ class PlannerSchedule:
     With synchronous chunking the next inference starts when the slots of the last chunk are used up. The robot holds
     until the chunk is published, so what was observed before still holds then, and slot 0 starts at that time: the
     published chunk says so by its ``t_obs``, and has e slots only.
+
+    What was observed before a person's takeover ends is not executed: see :meth:`replan`.
     """
 
     def __init__(self, config: PlannerConfig) -> None:
@@ -50,9 +52,15 @@ class PlannerSchedule:
         """Use other parameters from the next decision on."""
         self._config = config
 
-    def replan(self) -> None:
-        """Start the next inference as soon as none is in flight: the robot does not follow its chunks."""
-        self._wanted_now = True
+    def replan(self, until_ns: int) -> None:
+        """A person commands: no chunk of an observation before ``until_ns`` is executed.
+
+        What is in flight ends as usual. From then on an inference starts as soon as none is in flight.
+
+        Args:
+            until_ns: When the command ceases to count [ns].
+        """
+        self._void_until_ns = max(self._void_until_ns, until_ns)
 
     def invalidate(self) -> None:
         """The instruction changed: drop the inference in flight and ask again.
@@ -69,6 +77,7 @@ class PlannerSchedule:
         self._started_ns = 0  # slot 0 of its chunk
         self._previous: ActionChunk | None = None  # as it was published last
         self._wanted_now = self._instruction_changed = False
+        self._void_until_ns = 0  # a chunk of an older observation is not executed
         self._sequence = 0
 
     def wants(self, t_obs_ns: int) -> bool:
@@ -82,7 +91,7 @@ class PlannerSchedule:
                 return False  # once it is published, it is executed
             if t_obs_ns < flying.t_due_ns:
                 return False
-        if self._cold(t_obs_ns):
+        if self._cold(t_obs_ns) or self._asked_ns < self._void_until_ns <= t_obs_ns:
             return True
         if self._config.chunking == "synchronous":
             return self._previous is None or t_obs_ns >= self._previous.t_end_ns
@@ -128,8 +137,9 @@ class PlannerSchedule:
         """
         request = self._in_flight
         if request.chunking == "synchronous":
-            # An observation is good for the time of one chunk, here too. The gate refuses what is older.
-            if now_ns - request.t_obs_ns < self._lifetime_ns:
+            # An observation is good for the time of one chunk, here too. The gate refuses what is older. What a person
+            # moved since does not stand as it was observed.
+            if request.t_obs_ns >= self._void_until_ns and now_ns - request.t_obs_ns < self._lifetime_ns:
                 self._started_ns = now_ns
             actions = chunk.actions[: self._config.execution_horizon]
             chunk = dataclasses.replace(chunk, t_obs_ns=self._started_ns, actions=actions)

@@ -25,6 +25,9 @@ GRIPPER_ACTION_KINDS = ("gripper_command", "parallel_gripper_command")
 TWIST_AXES = ("linear_x", "linear_y", "linear_z", "angular_x", "angular_y", "angular_z")
 GRIPPER_TOLERANCE = 0.01
 """Default of ``gripper.tolerance``, as a part of the way from open to closed."""
+CONTINUOUS_RANGE_RAD = 2 * math.pi - 0.5
+"""Widest range of a continuous joint. An angle that its driver wraps lies outside then, by more than a measurement may,
+and is not believed; inside, a hold would follow it by a turn."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +309,7 @@ class _Builder:
 
     def _limits(self, command: CommandSpec, gripper: GripperSpec | None, hold: HoldPolicy) -> Limits:
         limits = self._entries.section("limits")
-        known = self._known_limits(command, gripper, hold)
+        known, continuous = self._known_limits(command, gripper, hold)
         lower, upper, step, velocity = (
             self._limit(label, known.get(label, {})) for label in ("lower", "upper", "step", "velocity")
         )
@@ -316,6 +319,13 @@ class _Builder:
                     raise limits.missing(f"{label}.{name}")
             if lower[i] > upper[i]:
                 raise limits.wrong("lower", f"at most upper; {name!r} has {lower[i]:g} and {upper[i]:g}")
+            joint, widest = continuous.get(name, ("", math.inf))
+            if upper[i] - lower[i] > widest:
+                raise limits.wrong(
+                    "upper",
+                    f"at most lower + {widest:.3f} for {name!r}, which has {lower[i]:g} to {upper[i]:g}: joint "
+                    f"{joint!r} is continuous, and an angle that its driver wraps has to lie outside",
+                )
             if i in hold.keep:
                 continue
             if hold.kind == "delta" and not lower[i] <= 0.0 <= upper[i]:
@@ -337,9 +347,15 @@ class _Builder:
 
     def _known_limits(
         self, command: CommandSpec, gripper: GripperSpec | None, hold: HoldPolicy
-    ) -> dict[str, dict[str, float | None]]:
-        """By label and channel, what need not be typed in: limits of the URDF in action units, ends of the gripper."""
+    ) -> tuple[dict[str, dict[str, float | None]], dict[str, tuple[str, float]]]:
+        """What need not be typed in, and what bounds it.
+
+        Returns:
+            By label and channel, limits of the URDF in action units and ends of the gripper; by channel, the joint that
+            the URDF calls continuous and its widest range in action units.
+        """
         known: dict[str, dict[str, float | None]] = {"lower": {}, "upper": {}, "velocity": {}}
+        continuous: dict[str, tuple[str, float]] = {}
         if gripper is not None:
             ends = sorted((gripper.mapping.open_action, gripper.mapping.closed_action))
             known["lower"][self._actions[gripper.mapping.channel]] = ends[0]
@@ -347,7 +363,7 @@ class _Builder:
         limits = self._entries.section("limits")
         name = limits.text("urdf", None)
         if name is None:
-            return known
+            return known, continuous
         if hold.kind != "position":
             raise limits.wrong("urdf", "none with hold.kind delta: it limits positions")
         try:
@@ -365,7 +381,9 @@ class _Builder:
                 ends = sorted(((limit.lower - offset) / scale, (limit.upper - offset) / scale))
                 known["lower"][action], known["upper"][action] = ends
             known["velocity"][action] = None if limit.velocity is None else limit.velocity / abs(scale)
-        return known
+            if limit.continuous:
+                continuous[action] = joint, CONTINUOUS_RANGE_RAD / abs(scale)
+        return known, continuous
 
     def _measured(
         self, command: CommandSpec, gripper: GripperSpec | None, hold: HoldPolicy

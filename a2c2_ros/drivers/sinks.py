@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 from geometry_msgs.msg import TwistStamped
 from rclpy.action import ActionClient
+from rclpy.callback_groups import CallbackGroup
 from rclpy.node import Node
 from rclpy.serialization import serialize_message
+from rclpy.task import Future
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
@@ -24,11 +26,12 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import CommandSpec, GripperSpec, Profile
 from a2c2_ros.nodes.conversions import to_duration, to_time
-from a2c2_ros.nodes.runtime import reliable_qos
+from a2c2_ros.nodes.runtime import EdgeLog, reliable_qos
 
 GRIPPER_REPEAT_NS = 1_000_000_000
 """A gripper command that did not change is published again after this time [ns]: its driver may have been restarted.
-After a silence of this length an action's goal is sent again, too: somebody else may have moved the gripper."""
+An action's goal is sent again after a silence of this length, too, because somebody else may have moved the gripper,
+and as often as this until it is accepted."""
 
 
 class Sink(Protocol):
@@ -51,25 +54,30 @@ class Sink(Protocol):
         ...
 
 
-def make_sink(node: Node, profile: Profile) -> Sink:
+def make_sink(node: Node, profile: Profile, callback_group: CallbackGroup | None = None) -> Sink:
     """The sink of a profile.
+
+    Args:
+        node: Whose publishers and action client it uses.
+        profile: Of the robot.
+        callback_group: Of a gripper's action; None: the node's default one.
 
     Raises:
         ConfigError: If the gripper's kind needs control_msgs and they are not installed.
     """
-    return RobotSink(node, profile)
+    return RobotSink(node, profile, callback_group)
 
 
 class RobotSink:
     """One topic for the arm and, if the profile has a gripper, its own topic or action."""
 
-    def __init__(self, node: Node, profile: Profile) -> None:
+    def __init__(self, node: Node, profile: Profile, callback_group: CallbackGroup | None) -> None:
         command = profile.command
         self.wants_rest = command.points == "chunk"
         self._mapping = command.mapping
         self._message = MESSAGES[command.kind](command)
         self._publisher = node.create_publisher(self._message.message_type, command.topic, reliable_qos(1))
-        self._gripper = None if profile.gripper is None else _Gripper(node, profile.gripper)
+        self._gripper = None if profile.gripper is None else _Gripper(node, profile.gripper, callback_group)
 
     def send(self, command: np.ndarray, stamp_ns: int, rest: np.ndarray | None = None) -> None:
         """See :class:`Sink`."""
@@ -182,9 +190,10 @@ MESSAGES: dict[str, type] = {
 class _Gripper:
     """Sends a gripper's channel when it changed by more than the tolerance; see GRIPPER_REPEAT_NS."""
 
-    def __init__(self, node: Node, spec: GripperSpec) -> None:
+    def __init__(self, node: Node, spec: GripperSpec, callback_group: CallbackGroup | None) -> None:
         self._spec = spec
-        self._driver = _GripperTopic(node, spec) if spec.kind in MESSAGES else _GripperAction(node, spec)
+        on_topic = spec.kind in MESSAGES
+        self._driver = _GripperTopic(node, spec) if on_topic else _GripperAction(node, spec, callback_group)
         self._sent: float | None = None
         self._sent_ns = 0
         self._asked_ns = 0
@@ -214,11 +223,13 @@ class _GripperTopic:
 
 
 class _GripperAction:
-    """Goals of control_msgs; the executor's thread sends them, the tick only says which one is wanted."""
+    """Goals of control_msgs; the executor's thread sends them, the tick only says which one is wanted.
 
-    repeats = False
+    A goal that cannot be sent now is forgotten: kept for later it would move a gripper that was stopped meanwhile. The
+    commands, as long as they come, ask for it again.
+    """
 
-    def __init__(self, node: Node, spec: GripperSpec) -> None:
+    def __init__(self, node: Node, spec: GripperSpec, callback_group: CallbackGroup | None) -> None:
         name = "GripperCommand" if spec.kind == "gripper_command" else "ParallelGripperCommand"
         try:
             self._type = getattr(importlib.import_module("control_msgs.action"), name)
@@ -227,19 +238,25 @@ class _GripperAction:
                 f"gripper.kind is {spec.kind!r}, which needs control_msgs with the action {name}: {error}"
             ) from error
         self._spec = spec
-        self._client = ActionClient(node, self._type, spec.topic)
+        self._log = EdgeLog(node)
+        self.repeats = True  # until the goal that was wanted last is accepted; only the executor's thread writes it
+        self._answer: Future | None = None  # to that goal
+        self._client = ActionClient(node, self._type, spec.topic, callback_group=callback_group)
         self._wanted: deque[float] = deque(maxlen=1)
-        self._ready = node.create_guard_condition(self._send_goal)
-        self._waiting = node.create_timer(GRIPPER_REPEAT_NS / 1e9, self._send_goal)  # until there is a server
+        self._ready = node.create_guard_condition(self._send_goal, callback_group)
 
     def send(self, value: float, stamp_ns: int) -> None:
         self._wanted.append(value)
         self._ready.trigger()
 
     def _send_goal(self) -> None:
-        if not self._wanted or not self._client.server_is_ready():
+        if not self._wanted:
             return
         wanted = self._wanted.popleft()
+        self.repeats, self._answer = True, None
+        if not self._client.server_is_ready():
+            self._log.problem("gripper", f"gripper: nobody serves the action {self._spec.topic!r}")
+            return
         goal = self._type.Goal()
         if self._spec.kind == "gripper_command":
             goal.command.position = wanted
@@ -248,4 +265,14 @@ class _GripperAction:
             goal.command.name = [self._spec.joint]
             goal.command.position = [wanted]
             goal.command.effort = [self._spec.max_effort] if self._spec.max_effort else []
-        self._client.send_goal_async(goal)
+        self._answer = self._client.send_goal_async(goal)
+        self._answer.add_done_callback(self._on_answer)
+
+    def _on_answer(self, answer: Future) -> None:
+        accepted = answer.result().accepted
+        if accepted:
+            self._log.fine("gripper")
+        else:
+            self._log.problem("gripper", f"gripper: {self._spec.topic!r} did not accept its goal")
+        if answer is self._answer:
+            self.repeats = not accepted

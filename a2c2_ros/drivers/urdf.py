@@ -16,6 +16,7 @@ class JointLimits:
     lower: float | None
     upper: float | None
     velocity: float | None
+    continuous: bool = False  # turns without end: a driver may report its angle modulo a turn
 
 
 def urdf_path(name: str, base: Path) -> Path:
@@ -55,9 +56,11 @@ def joint_limits(path: Path) -> dict[str, JointLimits]:
         limit = joint.find("limit")
         values = {} if limit is None else limit.attrib
         # A continuous joint turns without end, whatever its limits say.
-        keys = ("velocity",) if joint.get("type") == "continuous" else ("lower", "upper", "velocity")
+        continuous = joint.get("type") == "continuous"
+        keys = ("velocity",) if continuous else ("lower", "upper", "velocity")
         name = joint.get("name", "")
-        limits[name] = JointLimits(*(_number(path, name, key, values) if key in keys else None for key in _KEYS))
+        found = (_number(path, name, key, values) if key in keys else None for key in _KEYS)
+        limits[name] = JointLimits(*found, continuous)
     return limits
 
 

@@ -198,7 +198,7 @@ _chunk_fault("with renamed actions", _set(names=lambda c, rng: (*c.names[:-1], "
 _chunk_fault("with reordered names", _set(names=lambda c, rng: c.names[::-1]))
 _chunk_fault("of wrong width", _set(actions=lambda c, rng: c.actions[:, 1:]))
 _chunk_fault("empty", _set(actions=lambda c, rng: c.actions[:0]))
-_chunk_fault("with no slot time", _set(step_ns=lambda c, rng: 0))
+_chunk_fault("with a wrong slot time", _set(step_ns=lambda c, rng: 2 * c.step_ns * (c.chunk_id % 2)))
 _chunk_fault("of number 0", _set(chunk_id=lambda c, rng: 0))
 
 

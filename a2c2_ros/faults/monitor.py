@@ -362,7 +362,7 @@ class Judge:
 
     def _valid(self, chunk: GivenChunk, now_ns: int) -> bool:
         rules, actions = self.rules, np.asarray(chunk.actions, np.float64)
-        if chunk.chunk_id < 1 or chunk.step_ns < 1 or chunk.t_obs_ns < 0 or chunk.names != rules.names:
+        if chunk.chunk_id < 1 or chunk.step_ns != rules.period_ns or chunk.t_obs_ns < 0 or chunk.names != rules.names:
             return False
         if actions.ndim != 2 or not len(actions) or actions.shape[1] != len(rules.names):
             return False

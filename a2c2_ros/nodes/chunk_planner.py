@@ -19,7 +19,7 @@ from a2c2_ros.core.timing import DelayMonitor
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import PlannerStatus, PlannerTiming
-from a2c2_ros.nodes.conversions import chunk_to_message, timing_to_message, to_time
+from a2c2_ros.nodes.conversions import chunk_to_message, timing_to_message, to_ns, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource
 from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, NodeParameters, latched_qos, reliable_qos, run
 from a2c2_ros.policies.base import Continuation, infer_chunk
@@ -95,7 +95,7 @@ class ChunkPlanner(ManagedNode):
         )
         # When the person lets go, the robot waits for a chunk that was observed since.
         self._takeover_subscription = self.create_subscription(
-            JointState, "takeover", lambda _: self._schedule.replan(), reliable_qos(1)
+            JointState, "takeover", self._on_takeover, reliable_qos(1)
         )
         self._source = ObservationSource(self, self._profile, self._settings.value.lockstep, self._log, self._on_sample)
 
@@ -144,6 +144,12 @@ class ChunkPlanner(ManagedNode):
             self._schedule.invalidate()
             self.get_logger().info(f"instruction: {message.data!r}")
         self._publish_status()
+
+    def _on_takeover(self, message: JointState) -> None:
+        # The stamp and not the arrival: the controller counts from there. It refuses one from the future.
+        latest_ns = self.get_clock().now().nanoseconds + round(FUTURE_TOLERANCE_S * 1e9)
+        given_ns = min(to_ns(message.header.stamp), latest_ns)
+        self._schedule.replan(given_ns + self._settings.value.takeover_timeout_ns)
 
     def _on_sample(self) -> None:
         observation = self._source.snapshot()
