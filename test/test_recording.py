@@ -353,6 +353,36 @@ def test_after_a_write_error_the_bag_is_valid(tmp_path):
     assert [raw for _, _, raw in read_by_rosbags(tmp_path / "bag")] == [m.data for m in got]
 
 
+NO_ROOM = """
+import resource, sys
+from pathlib import Path
+from test_recording import TEXT, text_cdr
+from a2c2_ros.recording.writer import BagWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+bag = BagWriter(Path(sys.argv[1]))
+try:
+    for number in range(400):
+        bag.write(TEXT, number, number, text_cdr(f"{number:0500d}"))
+        bag.flush()
+except OSError:
+    bag.close()
+    print(number)
+"""
+
+
+def test_the_index_of_a_file_gets_its_room_from_the_last_messages(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{NO_ROOM}"
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "bag")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert out.returncode == 0, out.stderr
+    report = DamageReport()
+    got = list(read_bag(tmp_path / "bag", report=report))
+    assert report.intact and [m.log_ns for m in got] == list(range(len(got)))
+    assert int(out.stdout) - 64 < len(got) < int(out.stdout) - 2
+    assert [raw for _, _, raw in read_by_rosbags(tmp_path / "bag")] == [m.data for m in got]
+
+
 def robots() -> list[str]:
     return sorted(path.stem for path in (share_directory() / "config" / "robots").glob("*.yaml"))
 

@@ -4,8 +4,9 @@ The bag is what ``ros2 bag record -s mcap`` writes (version 9, Jazzy and newer).
 the records; it is used and not ``rosbags``, because it can end a chunk before it is full.
 """
 
+import dataclasses
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from a2c2_ros.recording.mcap_file import NOTE, append_index
 
 BAG_VERSION = 9
 CHUNK_BYTES = 2**20
+FLUSHES_KEPT = 64
+"""The last flushes that may be given up for the index of a file on a full disk."""
 UNLIMITED = 2**62
 COMPRESSIONS = {"none": CompressionType.NONE, "zstd": CompressionType.ZSTD}
 
@@ -55,7 +58,8 @@ class BagFile:
     """One MCAP file of a bag.
 
     After :meth:`flush` everything is with the kernel in complete chunks, so the end of the process cannot harm it.
-    After a write error the file is cut back to its last flush and finished by :meth:`close`.
+    After a write error the file is cut back to its last flush, or farther if its index has no room then, and finished
+    by :meth:`close`.
     """
 
     def __init__(self, path: Path, compression: str = "none") -> None:
@@ -71,6 +75,7 @@ class BagFile:
         self._flushed_bytes = self._output.tell()
         self._failed = False
         self._info = FileInfo(path.name)
+        self._earlier: deque[tuple[int, FileInfo]] = deque(maxlen=FLUSHES_KEPT)  # size and contents before each flush
 
     @property
     def size_bytes(self) -> int:
@@ -106,7 +111,10 @@ class BagFile:
         Raises:
             OSError: As :meth:`write`.
         """
+        before = self._flushed_bytes, dataclasses.replace(self._info, counts=Counter(self._info.counts))
         self._guarded(self._mcap.flush)
+        if self._pending:
+            self._earlier.append(before)
         for name, log_ns in self._pending:
             self._info.add(name, log_ns)
         self._pending.clear()
@@ -126,12 +134,23 @@ class BagFile:
             pass  # the next lines make the best of it
         try:
             if self._failed:
-                self._output.cut(self._flushed_bytes)
-                append_index(self._path)
+                self._finish_what_fits()
             self._output.sync()
         finally:
             self._output.close()
         return self._info
+
+    def _finish_what_fits(self) -> None:
+        while True:
+            self._output.cut(self._flushed_bytes)
+            try:
+                append_index(self._path)
+                return
+            except OSError:
+                if not self._earlier:
+                    self._output.cut(self._flushed_bytes)
+                    raise
+                self._flushed_bytes, self._info = self._earlier.pop()
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:
