@@ -326,6 +326,15 @@ def test_a_bag_whose_recording_ended_early_says_so(tmp_path, monkeypatch):
     assert not report.intact and "the recording ended before the run did: No space left" in " ".join(report.problems)
 
 
+def in_a_process(code: str, *arguments: object) -> str:
+    """What the code prints, run with these arguments."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
 WRITE_ERROR = """
 import resource, sys
 from pathlib import Path
@@ -342,11 +351,8 @@ print(recorder.status().ended)
 
 
 def test_after_a_write_error_the_bag_is_valid(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{WRITE_ERROR}"
-    command = [sys.executable, "-c", code, str(tmp_path / "bag"), "3000000"]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert out.returncode == 0, out.stderr
-    assert "File too large" in out.stdout and "repair" not in out.stdout
+    said = in_a_process(WRITE_ERROR, tmp_path / "bag", 3_000_000)
+    assert "File too large" in said and "repair" not in said
     report = DamageReport()
     got = list(read_bag(tmp_path / "bag", report=report))
     assert report.intact and 180 < len(got) < 400 and [m.log_ns for m in got] == list(range(len(got)))
@@ -371,15 +377,11 @@ except OSError:
 
 
 def test_the_index_of_a_file_gets_its_room_from_the_last_messages(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{NO_ROOM}"
-    out = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "bag")], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert out.returncode == 0, out.stderr
+    written = int(in_a_process(NO_ROOM, tmp_path / "bag"))
     report = DamageReport()
     got = list(read_bag(tmp_path / "bag", report=report))
     assert report.intact and [m.log_ns for m in got] == list(range(len(got)))
-    assert int(out.stdout) - 64 < len(got) < int(out.stdout) - 2
+    assert written - 64 < len(got) < written - 2
     assert [raw for _, _, raw in read_by_rosbags(tmp_path / "bag")] == [m.data for m in got]
 
 

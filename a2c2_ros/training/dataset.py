@@ -58,7 +58,7 @@ class Demonstrations:
             groups = np.unique(self.group[self.task == task])
             if len(groups) < 2:
                 raise ConfigError(f"task {instruction!r} has {len(groups)} episodes, allowed are 2 or more")
-            held += list(groups[-max(1, round(holdout * len(groups))) :])
+            held += held_out(groups, holdout)
         validation = np.isin(self.group, held)
         return np.flatnonzero(~validation), np.flatnonzero(validation)
 
@@ -90,6 +90,11 @@ class Demonstrations:
         before = np.concatenate([[0], np.cumsum(self.disturbed)])
         slots = np.minimum(indices[:, None] + np.arange(horizon), self.end[indices][:, None])
         return before[slots] == before[indices][:, None]
+
+
+def held_out(groups: np.ndarray, holdout: float) -> list[int]:
+    """Of the groups (G,) of a task the last ones, this fraction of them and at least one."""
+    return groups[-max(1, round(holdout * len(groups))) :].tolist()
 
 
 @dataclass(frozen=True)

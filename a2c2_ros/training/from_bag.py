@@ -476,15 +476,15 @@ def label_of(
     recording: Recording, step: RecordedStep, observation: Observation, episode: Episode, wanted: str
 ) -> tuple[str, np.ndarray] | None:
     """The kind of a frame's label and the label, (A,) float32; None if it has none of the wanted kind."""
+    unasked = wanted == "auto"
     found = {
         "takeover": step.command if step.state == State.TAKEOVER else None,
         # The expert saw what the newest sample shows.
         "expert": recording.experts.get(max(observation.stamps_ns.values())),
-        "executed": step.command if episode.outcome == "succeeded" else None,
+        # A person's success does not make right what led to the takeover.
+        "executed": step.command if episode.outcome == "succeeded" and not (unasked and episode.taken_over) else None,
     }
-    if wanted == "auto" and episode.taken_over:
-        del found["executed"]  # a person's success: what led to the takeover was not right
-    kinds = found if wanted == "auto" else (wanted,)
+    kinds = found if unasked else (wanted,)
     return next(((kind, found[kind]) for kind in kinds if found[kind] is not None), None)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from a2c2_ros import provenance
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.training.cache_chunks import load_chunks, load_language, read_language
-from a2c2_ros.training.dataset import EXECUTED_FOLDER, RECORD_FILE, Demonstrations
+from a2c2_ros.training.dataset import EXECUTED_FOLDER, RECORD_FILE, Demonstrations, held_out
 
 LANGUAGE_SUFFIX = ".language.npz"
 MUST_AGREE = ("action_names", "state_names", "step_ns")
@@ -74,7 +74,7 @@ class JoinedDemonstrations(Demonstrations):
             for task in range(len(self.instructions)):
                 groups = np.unique(self.group[(self.part == part) & (self.task == task)])
                 if len(groups) > 1:
-                    held += list(groups[-max(1, round(holdout * len(groups))) :])
+                    held += held_out(groups, holdout)
         validation = np.isin(self.group, held)
         if not validation.any():
             raise ConfigError("no task has 2 or more episodes in one data set, allowed is at least one such task")
