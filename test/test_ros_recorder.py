@@ -20,10 +20,12 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 
 from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state
+from a2c2_ros.nodes.episode_recorder import EpisodeRecorder
 from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
 from a2c2_ros.recording.definitions import definition
 from a2c2_ros.recording.reader import DamageReport, read_bag
 from a2c2_ros.recording.repair import repair
+from a2c2_ros.recording.writer import Topic
 
 COUNT = 60
 SENSORS = ("agentview/image", "wrist/image", "joint_states", "joint_command", "control_step", "takeover")
@@ -144,6 +146,39 @@ def test_every_topic_is_recorded_as_it_was_sent(system, tmp_path):
     assert ticks == list(range(COUNT))
     assert durability["/instruction"] == ["TRANSIENT_LOCAL"] and durability["/control_step"] == ["VOLATILE"]
     planner.destroy_node()
+
+
+def test_a_middleware_that_tells_no_publisher_is_recorded(tmp_path, monkeypatch):
+    """As on Jazzy: a message comes without the gid of its publisher, and with another clock than ours."""
+    rclpy.init(args=["--ros-args", "-p", f"out:={tmp_path}", "-p", "min_free_mb:=0"], domain_id=101)
+    try:
+        node = EpisodeRecorder()
+        publishers = [node.create_publisher(String, "instruction", 1)]
+        topic = Topic("/instruction", "std_msgs/msg/String", "string data\n")
+
+        def take(sequence: int, published_ns: int) -> None:
+            times = {"received_timestamp": 10**18 + sequence, "source_timestamp": published_ns}
+            node._take(topic, b"\0\1\0\0", times | {"publication_sequence_number": sequence})
+
+        take(1, 10**18)
+        take(4, -5)
+        publishers.append(node.create_publisher(String, "instruction", 1))
+        take(90, 0)  # of the other publisher
+        node._take(topic, b"\0\1\0\0", {"received_timestamp": 10**18 + 91, "source_timestamp": 10**18})
+
+        def fail() -> None:
+            raise MemoryError("draining")
+
+        monkeypatch.setattr(node, "_drain", fail)
+        with pytest.raises(MemoryError, match="draining"):
+            node.close()
+        node.destroy_node()
+    finally:
+        rclpy.shutdown()
+    report = DamageReport()
+    stamps = [(m.log_ns - 10**18, m.publish_ns - 10**18) for m in read_bag(tmp_path / "bag", report=report)]
+    assert stamps == [(1, 0), (4, 4), (90, 90), (91, 0)]
+    assert report.intact and report.dropped == {"/instruction": 2}, "what two publishers number cannot be told"
 
 
 @pytest.mark.timeout(200)

@@ -83,7 +83,7 @@ class EpisodeRecorder(PlainNode):
         self._missing = list(map(self.resolve_topic_name, recorded_topics(load_profile(config.robot))))
         self._topics: dict[str, Topic] = {}
         self._subscriptions_of_bag: list[tuple[Topic, Subscription]] = []
-        self._sequences: dict[tuple[str, bytes], int] = {}
+        self._sequences: dict[tuple[str, bytes | None], int] = {}
         self._ended = False
         path = Path(config.out) / "bag"
         try:
@@ -103,10 +103,12 @@ class EpisodeRecorder(PlainNode):
         """Finish the bag; the node is about to be destroyed."""
         if self._recorder is None:
             return
-        self._drain()
-        if not self._recorder.close(CLOSE_TIMEOUT_S):
-            self.get_logger().error("the disk did not take what was waiting, repair the bag before it is read")
-        self._report()
+        try:
+            self._drain()
+        finally:
+            if not self._recorder.close(CLOSE_TIMEOUT_S):
+                self.get_logger().error("the disk did not take what was waiting, repair the bag before it is read")
+            self._report()
 
     # --- topics -----------------------------------------------------------------------------------------------------
 
@@ -148,16 +150,18 @@ class EpisodeRecorder(PlainNode):
                 self._take(topic, *taken)
 
     def _take(self, topic: Topic, data: bytes, info: Mapping[str, Any]) -> None:
-        publisher, sequence = (topic.name, info["publisher_gid"]["data"]), info["publication_sequence_number"]
+        gid = info.get("publisher_gid", {}).get("data")  # not before Kilted
+        publisher, sequence = (topic.name, gid), info.get("publication_sequence_number")
         if sequence:
             last = self._sequences.get(publisher, sequence - 1)
-            if sequence > last + 1:
+            # Whose number it is cannot be told without a gid, unless there is only one publisher.
+            if sequence > last + 1 and (gid is not None or self.count_publishers(topic.name) == 1):
                 self._recorder.count_lost(topic.name, sequence - last - 1)
             self._sequences[publisher] = max(sequence, last)
         received_ns, published_ns = info["received_timestamp"], info["source_timestamp"]
-        if self._simulated_time or not received_ns:  # not every middleware says when
+        if self._simulated_time or received_ns <= 0:  # not every middleware says when
             received_ns = published_ns = self.get_clock().now().nanoseconds
-        self._recorder.put(topic, received_ns, published_ns or received_ns, data)
+        self._recorder.put(topic, received_ns, published_ns if published_ns > 0 else received_ns, data)
 
     # --- parameters of the planner ----------------------------------------------------------------------------------
 
