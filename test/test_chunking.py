@@ -312,10 +312,21 @@ def test_a_shorter_leftover_shortens_the_delay():
     schedule.release(make_chunk(T0), T0)
     continuation = Continuation.of(schedule.next_request(T0 + 6 * STEP_NS))  # observations were missing
     assert (len(continuation.actions), continuation.delay_steps) == (2, 2)
-    schedule.published()  # the inference failed
+    schedule.failed(T0 + 6 * STEP_NS)
     assert Continuation.of(schedule.next_request(T0 + 10 * STEP_NS)) is None
     schedule.reset()
     assert Continuation.of(schedule.next_request(T0 + STEP_NS)) is None, "after a reset there is no previous chunk"
+
+
+def test_the_measured_delay_counts_where_none_is_injected():
+    schedule = PlannerSchedule(PlannerConfig(chunking="rtc", horizon=8, execution_horizon=4, inference_delay=1))
+    schedule.next_request(T0)
+    schedule.release(make_chunk(T0), T0)
+    for n, (measured, expected) in enumerate([(3, 3), (0, 1), (9, 4)], start=1):
+        schedule.expect_delay(measured)
+        request = schedule.next_request(T0 + 4 * n * STEP_NS)
+        assert Continuation.of(request).delay_steps == expected
+        schedule.release(make_chunk(request.t_obs_ns, chunk_id=n + 1), request.t_obs_ns)
 
 
 def test_after_a_new_instruction_only_what_will_be_executed_is_known():
@@ -463,8 +474,9 @@ def test_planner_changes_chunking_while_it_runs(bench):
     assert not accepted and "'fast'" in reason and "tt_rtc" in reason
     assert bench.get_parameter("chunk_planner", "chunking") == "rtc"
 
-    use("tt_rtc", inference_delay=22)
-    bench.wait_for_log("chunk_planner", "the delay is 22 steps, this policy was trained to go on from at most")
+    use("tt_rtc")(1)
+    accepted, reason = bench.set_parameter("chunk_planner", "inference_delay", 22)
+    assert not accepted and "inference_delay is 22" in reason and "allows at most" in reason
     use("synchronous", inference_delay=2)(3)
     chunks = received[-2:]
     assert [(c.horizon, len(c.actions)) for c in chunks] == [(25, 175)] * 2

@@ -23,7 +23,7 @@ from std_msgs.msg import Bool
 from std_srvs.srv import SetBool
 
 from a2c2_ros.core.chunk import ActionChunk
-from a2c2_ros.core.errors import ChunkError, ConfigError, HeadError
+from a2c2_ros.core.errors import ChunkError, ConfigError, HeadError, ObservationError
 from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.safety import Reason, State
 from a2c2_ros.core.timing import Tick
@@ -41,9 +41,10 @@ NO_DATA = Observation({}, {})
 
 
 @contextlib.contextmanager
-def ros(**parameters):
+def ros(namespace="/", **parameters):
     """ROS in this process, with a node's parameters."""
     arguments = [text for name, value in parameters.items() for text in ("-p", f"{name.replace('__', '.')}:={value}")]
+    arguments += ["-r", f"__ns:={namespace}"]
     rclpy.init(args=["--ros-args", *arguments], domain_id=random.SystemRandom().randrange(1, 100))
     try:
         yield
@@ -190,6 +191,20 @@ def test_a_head_among_other_parameters_is_loaded_once(loading):
 
 
 @pytest.mark.timeout(150)
+def test_a_head_is_loaded_again_from_the_file_that_it_came_from(loading):
+    """It may have been trained anew."""
+    loading.may_end.set()
+    with controller(correction__enabled=True, correction__model_path="'head A'") as node, contextlib.closing(loading):
+        loading.serve(node)
+        old = node._loop.head
+        assert loading.set(("residual_limit", 2.0)) == [(True, "")]
+        assert node._loop.head is old
+        assert loading.set(("residual_limit", 3.0), ("correction.model_path", "head A")) == [(True, "")] * 2
+        assert node._loop.head is not old and node._loop.head.path == "head A"
+        assert node._loop.config.residual_limit == 3.0
+
+
+@pytest.mark.timeout(150)
 def test_a_stop_and_the_sink_go_on_while_a_head_loads(loading, monkeypatch):
     sent = []
 
@@ -244,6 +259,55 @@ def test_a_wider_margin_counts_for_the_rehearsal_and_its_refusals_stop_nothing(m
         monkeypatch.setattr(node._rehearsal, "install", refuse)
         come(3)
         assert node._loop.chunks["accepted"] == 2
+
+
+def test_robots_are_told_apart_in_the_diagnostics(monkeypatch):
+    with controller(lockstep=True, namespace="/left") as node:
+        published = []
+        monkeypatch.setattr(node, "_diagnostics_publisher", SimpleNamespace(publish=published.append))
+        node._publish_diagnostics(1.0)
+    assert [status.name for status in published[0].status] == ["left/correction_controller: timing"]
+
+
+def test_another_cause_of_a_problem_is_logged(capfd):
+    clock_s = [0.0]
+    with ros():
+        node = rclpy.create_node("owner")
+        log = EdgeLog(node, lambda: clock_s[0])
+        for now_s, text in (
+            (0.0, "no connection for 1.5 s"),
+            (9.0, "no connection for 10.5 s"),
+            (10.0, "other metadata"),
+            (11.0, "a third cause"),
+            (14.9, "a third cause"),
+            (15.0, "a third cause"),
+        ):
+            clock_s[0] = now_s
+            log.problem("inference", text)
+        node.destroy_node()
+    logged = [line.rsplit("]: ")[-1] for line in capfd.readouterr().err.splitlines()]
+    assert logged == ["no connection for 1.5 s", "other metadata", "a third cause"]
+    assert log.counts == {"inference": 6}
+
+
+def test_a_defect_while_an_image_is_taken_does_not_end_the_camera(capfd):
+    taken = []
+
+    def convert(serialized):
+        if not taken:
+            taken.append(1)
+            raise MemoryError("no room")
+        raise ObservationError("wrong size")
+
+    with ros():
+        node = rclpy.create_node("owner")
+        source = ObservationSource(node, load_profile("libero"), False, EdgeLog(node), prepare=lambda *_: None)
+        for _ in range(2):
+            source._prepare_and_put("agentview", (b"", convert))
+        source.close()
+        node.destroy_node()
+    assert "MemoryError: no room" in capfd.readouterr().err
+    assert source._log.counts == {"agentview": 2}
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/head.onnx"])

@@ -13,7 +13,7 @@ from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.errors import ChunkError, ConfigError
 from a2c2_ros.core.limits import Limits
-from a2c2_ros.core.planner import PlannerSchedule
+from a2c2_ros.core.planner import RETRY_AFTER_NS, PlannerSchedule
 from a2c2_ros.core.safety import Reason, State
 from a2c2_ros.core.schedule import admissible_execution_horizons, check_timing, delay_steps, slot_index
 from a2c2_ros.core.timing import DELAY_WINDOW_CHUNKS, DelayMonitor, TickGrid
@@ -41,8 +41,7 @@ def run_lockstep(horizon, execution, delay, steps, jitter=0, seed=0):
 
         def publish_due(now, chunk):
             if schedule.in_flight is not None and now >= schedule.in_flight.t_due_ns:
-                loop.install(chunk, now)
-                schedule.published()
+                loop.install(schedule.release(chunk, now), now)
 
         publish_due(t, ready)
         request = schedule.next_request(t)
@@ -174,7 +173,7 @@ def test_first_chunk_is_due_at_once_and_a_gap_starts_cold():
     first = schedule.next_request(T0)
     assert (first.t_due_ns, first.sequence) == (T0, 0)
     assert schedule.next_request(T0 + STEP_NS) is None, "one inference at a time"
-    schedule.published()
+    schedule.release(make_chunk(T0), T0)
     second = schedule.next_request(T0 + 4 * STEP_NS)
     assert (second.t_due_ns, second.sequence) == (T0 + 6 * STEP_NS, 1)
     cold = schedule.next_request(T0 + 20 * STEP_NS)
@@ -184,10 +183,30 @@ def test_first_chunk_is_due_at_once_and_a_gap_starts_cold():
 def test_a_new_instruction_drops_the_inference_in_flight_and_keeps_the_delay():
     schedule = PlannerSchedule(PlannerConfig(horizon=8, execution_horizon=4, inference_delay=2))
     schedule.next_request(T0)
-    schedule.published()
+    schedule.release(make_chunk(T0), T0)
     schedule.invalidate()
+    assert schedule.next_request(T0) is None, "the robot would take its chunk for a duplicate"
     request = schedule.next_request(T0 + STEP_NS)
     assert request.t_due_ns == T0 + 3 * STEP_NS
+
+
+@pytest.mark.parametrize("chunking", ["asynchronous", "synchronous"])
+def test_a_failed_inference_is_tried_again_before_the_last_chunk_ends(chunking):
+    schedule = PlannerSchedule(
+        PlannerConfig(horizon=50, execution_horizon=20, inference_delay=0, chunking=chunking, seed=1)
+    )
+    first = schedule.next_request(T0)
+    schedule.failed(T0 + STEP_NS)
+    again_ns = T0 + STEP_NS + RETRY_AFTER_NS
+    assert not schedule.wants(again_ns - 1), "not at every sample"
+    retry = schedule.next_request(again_ns)
+    assert (retry.sequence, retry.t_due_ns) == (first.sequence, again_ns), "the robot still waits"
+    schedule.release(make_chunk(again_ns, horizon=50), again_ns)
+    later_ns = again_ns + 20 * STEP_NS
+    assert schedule.next_request(later_ns) is not None
+    schedule.failed(later_ns)
+    assert not schedule.wants(later_ns + STEP_NS)
+    assert schedule.next_request(later_ns + RETRY_AFTER_NS).t_obs_ns < again_ns + 50 * STEP_NS
 
 
 def test_buffer_refuses_duplicates_and_keeps_the_newest():

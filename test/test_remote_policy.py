@@ -25,6 +25,7 @@ from websockets.sync.client import connect
 from websockets.sync.server import serve
 
 from a2c2_ros.core.errors import ConfigError, ObservationError, PolicyError
+from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.faults.namespaces import inside, ip
 from a2c2_ros.policies.base import Continuation, PolicyOptions
 from a2c2_ros.policies.registry import load_policy
@@ -233,8 +234,6 @@ def test_libero_defaults_of_openpi(server):
 
 
 def test_sizes_and_names_of_the_robot_are_taken(server):
-    from a2c2_ros.drivers.profile import load_profile
-
     profile = load_profile("libero")
     policy = RemotePolicy(server.url, PolicyOptions(robot=profile.robot, camera_shapes=profile.camera_shapes()))
     assert (policy.image_size, policy.state_dim, policy.action_names) == (128, 8, profile.robot.action_names)
@@ -318,8 +317,39 @@ def test_the_policy_id_names_what_decides_the_chunk():
     assert len(set(ids.values())) == 4
 
 
+def test_on_a_real_robot_nothing_is_guessed_about_the_data(server):
+    arm = load_profile("panda_servo").robot
+    settings = LIBERO | {"cameras": {"front": "observation/image"}}
+
+    def options(robot=arm, **mapping):
+        return PolicyOptions(robot=robot, mapping=settings | mapping)
+
+    for told in ({}, {"mirror_images": False}):
+        with pytest.raises(ConfigError, match="state_representation.*panda_servo is no simulator.*policy_config"):
+            RemotePolicy(server.url, options(**told))
+    told = {"mirror_images": False, "state_representation": "axis_angle"}
+    RemotePolicy(server.url, options(**told))
+    with pytest.raises(ConfigError, match="axis_angle, but the state of panda is.*without a rotation"):
+        RemotePolicy(server.url, options(load_profile("panda").robot, **told))
+    with pytest.raises(ConfigError, match=r"nominal_orientation_xyzw is \(0.*allowed is that of panda_servo"):
+        RemotePolicy(server.url, options(nominal_orientation_xyzw=[0.0, 0.0, 0.0, 1.0], **told))
+
+
+def test_the_rotation_is_that_to_the_nominal_orientation_of_the_robot(server):
+    sent = {}
+    for name in ("panda_servo", "so101_servo"):
+        mapping = LIBERO | {"mirror_images": False, "state_representation": "axis_angle"}
+        policy = RemotePolicy(server.url, PolicyOptions(robot=load_profile(name).robot, mapping=mapping))
+        predict(policy)
+        sent[name] = server.requests[-1]["observation/state"][3:6]
+    expected = absolute_rotation(observation()["state"], np.array([0.0, 1.0, 0.0, 0.0]))[3:6]
+    np.testing.assert_allclose(sent["so101_servo"], expected)
+    assert not np.allclose(sent["so101_servo"], sent["panda_servo"])
+
+
 def test_a_chunk_cannot_go_on_from_another(server):
     policy = remote(server)
+    assert policy.largest_delay("rtc") is None
     with pytest.raises(PolicyError, match="rtc"):
         policy.predict(
             observation(), INSTRUCTION, seed=0, continuation=Continuation(np.zeros((2, A), np.float32), 1, "rtc")
@@ -594,6 +624,14 @@ def test_our_server_gives_the_same_chunks(served):
             np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-5)
     assert ours.inference_ns > 0 and theirs.inference_ns is None
     np.testing.assert_array_equal(policy.embed("new words"), local.embed("new words"))
+    assert dict(policy.trained_for) == local.trained_for
+    for mode in ("rtc", "tt_rtc"):
+        assert policy.largest_delay(mode) == local.largest_delay(mode) > 0
+        known = np.full((20, 7), 0.3, np.float32)
+        options = {"seed": 4, "continuation": Continuation(known, 5, mode)}
+        ours, theirs = (p.predict(libero_observation(), INSTRUCTION, **options).actions for p in (policy, local))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert not np.allclose(ours, policy.predict(libero_observation(), INSTRUCTION, seed=4).actions, atol=1e-3)
     changed = load_policy("remote", served.url, PolicyOptions(mapping={"mirror_images": True}))
     assert changed.policy_id.startswith(f"{local.policy_id}-")
 
@@ -615,6 +653,10 @@ def test_our_server_speaks_the_protocol(served):
         assert (response.status, response.read()) == (200, b"OK\n")
 
 
+def going_on(**changes):
+    return {"actions": np.zeros((5, 7), "f4"), "delay_steps": 2, "mode": "rtc"} | changes
+
+
 def test_our_server_outlives_bad_clients(served):
     good = {f"observation/{name}": value for name, value in libero_observation().items()} | {"prompt": "x"}
     policy = load_policy("remote", served.url)
@@ -629,6 +671,12 @@ def test_our_server_outlives_bad_clients(served):
         (to_wire(good | {"observation/agentview": np.zeros((64, 64, 3), "u1")}), "agentview"),
         (to_wire(good | {"prompt": 5}), "prompt"),
         (to_wire(good | {"seed": -1}), "seed"),
+        (to_wire(good | {"prompt": "x" * 5000}), "5000 characters, allowed are 4096"),
+        (to_wire(good | {"continuation": 5}), "continuation"),
+        (to_wire(good | {"continuation": going_on(actions=np.zeros((51, 7)))}), "(51, 7), allowed are up to 50"),
+        (to_wire(good | {"continuation": going_on(actions=np.full((5, 7), np.nan))}), "not finite"),
+        (to_wire(good | {"continuation": going_on(mode="magic")}), "magic"),
+        (to_wire(good | {"continuation": going_on(delay_steps=6)}), "allowed is 0 to the 5"),
     ):
         with connect(served.url, compression=None) as connection:
             connection.recv()

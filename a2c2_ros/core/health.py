@@ -11,7 +11,7 @@ from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import ControlStep
 from a2c2_ros.core.limits import LimitFlag
 from a2c2_ros.core.safety import LATCHED, Reason, State
-from a2c2_ros.core.timing import StepTiming
+from a2c2_ros.core.timing import ChunkTiming, StepTiming
 
 
 class Level(IntEnum):
@@ -148,6 +148,32 @@ class LoopHealth:
         if limited > config.diagnostics__limited:
             return Status("state", Level.WARN, f"{text}; {limited:.0%} of the commands were limited", values)
         return Status("state", Level.OK, text, values)
+
+
+def planner_status(
+    policy_id: str, instruction: str, idle: str | None, failure: str | None, timing: ChunkTiming | None
+) -> Status:
+    """The planner's line of the diagnostics.
+
+    Args:
+        policy_id: Of the policy in use.
+        instruction: What it is told to do.
+        idle: Why no inference starts, None if nothing is missing.
+        failure: What the last inference failed by, None if it did not.
+        timing: Of the last chunk, None before the first.
+    """
+    values = {"policy_id": policy_id, "instruction": instruction}
+    if timing is not None:
+        values |= {
+            "delay [ms]": f"{timing.delay_ns / 1e6:.1f}",
+            "delay [steps]": str(timing.delay_steps),
+            "effective delay [steps]": str(timing.effective_delay_steps),
+            "execution_horizon [steps]": str(timing.execution_horizon),
+        }
+    if failure is not None:
+        return Status("inference", Level.ERROR, failure, values)
+    problems = [text for text in (idle and f"no inference: {idle}", timing and timing.problem) if text]
+    return _status("inference", problems, values)
 
 
 def _chunk(last: ControlStep, chunks: Mapping[str, int]) -> Status:

@@ -10,6 +10,8 @@ from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.schedule import slot_index
 
 NOTHING = np.zeros((0, 0), np.float32)
+RETRY_AFTER_NS = 200_000_000
+"""How long after a failed inference the next one starts [ns]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,7 @@ class PlannerSchedule:
 
     def __init__(self, config: PlannerConfig) -> None:
         self._config = config
+        self._measured_delay_steps = 0
         self.reset()
 
     @property
@@ -62,10 +65,17 @@ class PlannerSchedule:
         """
         self._void_until_ns = max(self._void_until_ns, until_ns)
 
+    def expect_delay(self, delay_steps: int) -> None:
+        """Tell the delay that was measured of late [steps], for real-time chunking.
+
+        It goes on from so many slots of the last chunk, or from as many as the injected delay says if those are more.
+        """
+        self._measured_delay_steps = delay_steps
+
     def invalidate(self) -> None:
         """The instruction changed: drop the inference in flight and ask again.
 
-        That is with the next observation, but not before the robot stands still with synchronous chunking.
+        That is with the next, newer observation, but not before the robot stands still with synchronous chunking.
         """
         self._in_flight = None
         self._wanted_now = self._instruction_changed = True
@@ -78,6 +88,7 @@ class PlannerSchedule:
         self._previous: ActionChunk | None = None  # as it was published last
         self._wanted_now = self._instruction_changed = False
         self._void_until_ns = 0  # a chunk of an older observation is not executed
+        self._retry_ns = 0  # no inference starts from an older observation: the last one failed
         self._sequence = 0
 
     def wants(self, t_obs_ns: int) -> bool:
@@ -85,6 +96,8 @@ class PlannerSchedule:
 
         Changes nothing.
         """
+        if t_obs_ns < self._retry_ns:
+            return False
         flying = self._in_flight
         if flying is not None and t_obs_ns - flying.t_obs_ns < self._lifetime_ns:
             if flying.chunking == "synchronous":
@@ -95,7 +108,9 @@ class PlannerSchedule:
             return True
         if self._config.chunking == "synchronous":
             return self._previous is None or t_obs_ns >= self._previous.t_end_ns
-        return self._wanted_now or t_obs_ns - self._started_ns >= self._config.execution_horizon * self._config.step_ns
+        if self._wanted_now and t_obs_ns > self._asked_ns:  # of two chunks of one stamp only the first is executed
+            return True
+        return t_obs_ns - self._started_ns >= self._config.execution_horizon * self._config.step_ns
 
     def next_request(self, t_obs_ns: int) -> ChunkRequest | None:
         """Start an inference from the observation with this stamp, if one is wanted now.
@@ -121,7 +136,7 @@ class PlannerSchedule:
             seed=config.seed * 1_000_003 + self._sequence,
             chunking=config.chunking,
             known=self._known(t_obs_ns),
-            delay_steps=config.inference_delay,
+            delay_steps=self._expected_delay_steps,
         )
         return self._in_flight
 
@@ -145,12 +160,23 @@ class PlannerSchedule:
             chunk = dataclasses.replace(chunk, t_obs_ns=self._started_ns, actions=actions)
         self._previous = chunk
         self._instruction_changed = False
-        self.published()
+        self._in_flight = None
         return chunk
 
-    def published(self) -> None:
-        """The inference in flight is over, with or without a chunk."""
+    def failed(self, now_ns: int) -> None:
+        """End the inference in flight without a chunk; the next one starts soon, since the last chunk runs out.
+
+        Args:
+            now_ns: As of :meth:`release`.
+        """
+        if self._in_flight.sequence == 0:
+            self._asked_ns = None  # the robot still waits
         self._in_flight = None
+        self._wanted_now, self._retry_ns = True, now_ns + RETRY_AFTER_NS
+
+    @property
+    def _expected_delay_steps(self) -> int:
+        return max(self._config.inference_delay, self._measured_delay_steps)
 
     @property
     def _lifetime_ns(self) -> int:
@@ -167,7 +193,7 @@ class PlannerSchedule:
             return NOTHING
         known = leftover(self._previous, t_obs_ns)
         # What follows another instruction is executed until the new chunk comes, but says nothing about it.
-        return known[: self._config.inference_delay] if self._instruction_changed else known
+        return known[: self._expected_delay_steps] if self._instruction_changed else known
 
     def _sample_delay_steps(self) -> int:
         delay, jitter = self._config.inference_delay, self._config.inference_delay_jitter

@@ -27,6 +27,7 @@ class Robot:
     limits: Limits
     hold: HoldPolicy
     simulated: bool = False  # hardware starts disabled
+    nominal_orientation_xyzw: tuple[float, ...] | None = None  # the state's rotation is relative to it; None: has none
 
     def images(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The camera images of an observation, (height, width, 3) uint8 RGB by camera name."""

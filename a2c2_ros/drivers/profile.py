@@ -174,6 +174,7 @@ class _Builder:
             limits=self._limits(command, gripper, hold),
             hold=hold,
             simulated=entries.flag("simulated", False),
+            nominal_orientation_xyzw=self._nominal_orientation() if "ee_pose" in streams else None,
         )
         return Profile(
             robot=robot,
@@ -220,11 +221,16 @@ class _Builder:
         if len(names) not in (1, 2):
             raise joint_states.wrong("gripper", "one joint or two")
         gripper = [self._joints.index(name) for name in (names[0], names[-1])]  # one stands for both fingers
-        reference = np.array(ee_pose.numbers("nominal_orientation_xyzw", 4))
-        if not np.linalg.norm(reference) > 1e-6:
-            raise ee_pose.wrong("nominal_orientation_xyzw", "a quaternion x y z w")
+        reference = np.array(self._nominal_orientation())
         origin = np.array([*ee_pose.numbers("origin_xyz", 3, (0.0, 0.0, 0.0)), 0.0, 0.0, 0.0, 0.0])
         return lambda values: state_vector(values["ee_pose"] - origin, values["joint_position"][gripper], reference)
+
+    def _nominal_orientation(self) -> tuple[float, ...]:
+        ee_pose = self._entries.section("ee_pose")
+        reference = ee_pose.numbers("nominal_orientation_xyzw", 4)
+        if not np.linalg.norm(reference) > 1e-6:
+            raise ee_pose.wrong("nominal_orientation_xyzw", "a quaternion x y z w")
+        return tuple(map(float, reference))
 
     def _hold(self) -> HoldPolicy:
         hold = self._entries.section("hold")

@@ -6,24 +6,40 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
 import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import Clock, ClockType
 from sensor_msgs.msg import JointState
 from std_msgs.msg import String
 
 from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.config import FUTURE_TOLERANCE_S, PlannerConfig
 from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.core.health import planner_status
 from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.planner import ChunkRequest, PlannerSchedule
-from a2c2_ros.core.safety import stale_stream
-from a2c2_ros.core.timing import DelayMonitor
+from a2c2_ros.core.robot import Robot
+from a2c2_ros.core.safety import Reason, stale_stream
+from a2c2_ros.core.timing import ChunkTiming, DelayMonitor
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import PlannerStatus, PlannerTiming
-from a2c2_ros.nodes.conversions import chunk_to_message, timing_to_message, to_ns, to_time
+from a2c2_ros.nodes.conversions import chunk_to_message, status_to_message, timing_to_message, to_ns, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource
-from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, NodeParameters, latched_qos, reliable_qos, run
-from a2c2_ros.policies.base import Continuation, infer_chunk
+from a2c2_ros.nodes.runtime import (
+    EdgeLog,
+    ManagedNode,
+    NodeParameters,
+    latched_qos,
+    qualified_name,
+    reliable_qos,
+    run,
+)
+from a2c2_ros.policies.base import Continuation, check_continuation, infer_chunk
 from a2c2_ros.policies.registry import load_policy_for
+
+DIAGNOSTICS_PERIOD_S = 1.0
+IDLE_REPORTS = 3
+"""After so many reports without what an inference needs the log says so: at a start it takes a moment to come."""
 
 
 class ChunkPlanner(ManagedNode):
@@ -38,11 +54,13 @@ class ChunkPlanner(ManagedNode):
         self._log = EdgeLog(self)
         self._policy = None
         self._schedule: PlannerSchedule | None = None
-        self._settings = NodeParameters(self, PlannerConfig(), apply=self._apply)
+        self._settings = NodeParameters(self, PlannerConfig(), self._validate, self._apply)
         self._worker: ThreadPoolExecutor | None = None
         self._source: ObservationSource | None = None
         self._running: tuple[ChunkRequest, Future] | None = None
         self._due_timer = None
+        self._timing: ChunkTiming | None = None  # of the last chunk
+        self._idle_reports = 0
         self._instruction = ""
         self._to_answer_ns: int | None = None
         self._answered_ns = 0
@@ -52,6 +70,7 @@ class ChunkPlanner(ManagedNode):
         self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", latched_qos(2))
         self._timing_publisher = self.create_publisher(PlannerTiming, "planner_timing", reliable_qos(10))
         self._status_publisher = self.create_publisher(PlannerStatus, "planner_status", reliable_qos(10))
+        self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", reliable_qos(10))
         self._result_ready = self.create_guard_condition(self._pump)
         if self._settings.value.autostart:
             self.autostart()
@@ -75,13 +94,15 @@ class ChunkPlanner(ManagedNode):
             ("action_names", robot.action_names, tuple(policy.action_names)),
             ("state size", len(robot.state_names), policy.state_dim),
             *((f"camera {c}", shapes.get(c), (policy.image_size, policy.image_size, 3)) for c in policy.cameras),
+            *((name, mine, policy.trained_for.get(name, mine)) for name, mine in robot_facts(robot, config).items()),
         ):
             if mine != theirs:
                 raise ConfigError(
                     f"policy {policy.policy_id} does not fit: {name} is {mine!r}, the policy needs {theirs!r}"
                 )
+        check_continuation(policy, config.chunking, config.inference_delay)
         self._schedule = PlannerSchedule(config)
-        self._delays = DelayMonitor()
+        self._delays, self._timing = DelayMonitor(), None
         self._warm_up()
         self.get_logger().info(
             f"configured: policy {policy.policy_id}, H={policy.horizon}, e={config.execution_horizon}, "
@@ -98,11 +119,15 @@ class ChunkPlanner(ManagedNode):
             JointState, "takeover", self._on_takeover, reliable_qos(1)
         )
         self._source = ObservationSource(self, self._profile, self._settings.value.lockstep, self._log, self._on_sample)
+        self._report_timer = self.create_timer(
+            DIAGNOSTICS_PERIOD_S, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME)
+        )
 
     def deactivate(self) -> None:
         if self._worker is None:
             return
         self._source.close()
+        self.destroy_timer(self._report_timer)
         self.destroy_subscription(self._instruction_subscription)
         self.destroy_subscription(self._takeover_subscription)
         self._cancel_due_timer()
@@ -119,11 +144,7 @@ class ChunkPlanner(ManagedNode):
         self.deactivate()
 
     def _warm_up(self) -> None:
-        """The first inference is slower than the others; it must not count.
-
-        Raises:
-            PolicyError: If the policy cannot go on from a chunk in the way that ``chunking`` says.
-        """
+        """The first inference is slower than the others; it must not count."""
         policy, config = self._policy, self._settings.value
         observation = {c: np.zeros((policy.image_size, policy.image_size, 3), np.uint8) for c in policy.cameras}
         observation["state"] = np.zeros(policy.state_dim, np.float32)
@@ -132,6 +153,10 @@ class ChunkPlanner(ManagedNode):
             known = np.zeros((config.horizon - config.execution_horizon, len(policy.action_names)), np.float32)
             continuation = Continuation(known, config.inference_delay, config.chunking)
         policy.predict(observation, "warm up", seed=0, continuation=continuation)
+
+    def _validate(self, candidate: PlannerConfig) -> None:
+        if self._policy is not None:
+            check_continuation(self._policy, candidate.chunking, candidate.inference_delay)
 
     def _apply(self, config: PlannerConfig) -> None:
         if self._schedule is not None:
@@ -155,7 +180,7 @@ class ChunkPlanner(ManagedNode):
         observation = self._source.snapshot()
         streams = self._profile.robot.streams
         if len(observation.stamps_ns) != len(streams):
-            return
+            return  # _report tells
         # Slot 0 starts with the oldest of the inputs: no part of the chunk may be newer than it claims.
         stamp_ns = min(observation.stamps_ns.values())
         if self._settings.value.lockstep:
@@ -164,17 +189,20 @@ class ChunkPlanner(ManagedNode):
             if stamp_ns == self._answered_ns:
                 self._publish_status()  # a simulator that asks again did not get the answer
                 return
-        else:
-            limits = {name: spec.max_age_ns for name, spec in streams.items()}
-            now_ns = self.get_clock().now().nanoseconds
-            if stale_stream(observation.ages_ns(now_ns), limits, round(FUTURE_TOLERANCE_S * 1e9)) is not None:
-                return
+        elif self._unusable_stream(observation) is not None:
+            return
         if stamp_ns < self._answered_ns:
             self.get_logger().warning("the clock jumped back: starting afresh")
             self._schedule.reset()
             self._published_ns = 0
         self._to_answer_ns = stamp_ns
         self._pump()
+
+    def _unusable_stream(self, observation: Observation) -> tuple[Reason, str] | None:
+        """Why no inference starts from an observation in real time, and the stream; None: it is good."""
+        limits = {name: spec.max_age_ns for name, spec in self._profile.robot.streams.items()}
+        now_ns = self.get_clock().now().nanoseconds
+        return stale_stream(observation.ages_ns(now_ns), limits, round(FUTURE_TOLERANCE_S * 1e9))
 
     def _pump(self) -> None:
         """Publish what is due, start what is wanted, answer the newest observation; called on every event."""
@@ -183,6 +211,8 @@ class ChunkPlanner(ManagedNode):
             return
         if self._waits_for_chunk(stamp_ns, lockstep):
             return
+        if not lockstep and self._is_dropped_running():
+            return  # an observation that waited for it would be old
         if self._instruction:
             request = self._schedule.next_request(stamp_ns)
             if request is not None:
@@ -210,7 +240,7 @@ class ChunkPlanner(ManagedNode):
         self._running = None
         error = future.exception()
         if isinstance(error, A2C2Error):
-            self._schedule.published()
+            self._schedule.failed(now_ns)
             self._log.problem("inference", f"inference failed: {error}")
         elif error is not None:
             raise error
@@ -222,6 +252,13 @@ class ChunkPlanner(ManagedNode):
             self._chunk_publisher.publish(chunk_to_message(chunk, instruction))
             self._publish_timing(request, chunk, now_ns)
         return False
+
+    def _is_dropped_running(self) -> bool:
+        """The worker is still at an inference whose chunk is not wanted any more."""
+        if self._running is None:
+            return False
+        request, future = self._running
+        return request is not self._schedule.in_flight and not future.done()
 
     def _start(self, request: ChunkRequest, observation: Observation) -> None:
         future = self._worker.submit(self._infer, request, observation, self._instruction)
@@ -264,12 +301,41 @@ class ChunkPlanner(ManagedNode):
             horizon=config.horizon,
             execution_horizon=config.execution_horizon,
         )
+        self._timing = timing
+        if not config.lockstep:
+            # Nothing else is known after the first chunk.
+            measured = timing.effective_delay_steps
+            self._schedule.expect_delay(timing.delay_steps if measured < 0 else measured)
         self._timing_publisher.publish(timing_to_message(timing, request, chunk, config.inference_delay))
         # The robot stands still while a synchronous chunk is computed, so any delay fits.
         if timing.problem and request.chunking != "synchronous":
             self._log.problem("timing", timing.problem)
         else:
             self._log.fine("timing")
+
+    def _report(self) -> None:
+        """Once a second: why there is no inference, in the log, and diagnostics."""
+        idle = None if self._settings.value.lockstep else self._idle_reason()
+        self._idle_reports = self._idle_reports + 1 if idle else 0
+        if self._idle_reports >= IDLE_REPORTS:
+            self._log.problem("idle", f"no inference: {idle}")
+        elif not idle:
+            self._log.fine("idle")
+        status = planner_status(
+            self._policy.policy_id, self._instruction, idle, self._log.active("inference"), self._timing
+        )
+        message = DiagnosticArray(status=[status_to_message(status, qualified_name(self), self._profile.robot.name)])
+        message.header.stamp = to_time(self.get_clock().now().nanoseconds)
+        self._diagnostics_publisher.publish(message)
+
+    def _idle_reason(self) -> str | None:
+        observation = self._source.snapshot()
+        unusable = self._unusable_stream(observation)
+        if unusable is not None:
+            reason, stream = unusable
+            age_ns = observation.ages_ns(self.get_clock().now().nanoseconds).get(stream)
+            return f"{reason.name}: {stream}" + ("" if age_ns is None else f" is {age_ns / 1e9:.2f} s old")
+        return None if self._instruction else "nothing was said on the topic instruction"
 
     def _publish_status(self) -> None:
         status = PlannerStatus(
@@ -279,6 +345,11 @@ class ChunkPlanner(ManagedNode):
         )
         status.header.stamp = to_time(self._answered_ns)
         self._status_publisher.publish(status)
+
+
+def robot_facts(robot: Robot, config: PlannerConfig) -> dict[str, object]:
+    """What a policy was trained for besides sizes, of this robot; keys as in ``ChunkPolicy.trained_for``."""
+    return {"step_ns": config.step_ns, "state_names": tuple(robot.state_names), "action_space": robot.action_space}
 
 
 def main(args: list[str] | None = None) -> None:

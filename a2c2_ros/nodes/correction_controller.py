@@ -52,6 +52,7 @@ from a2c2_ros.nodes.runtime import (
     NodeParameters,
     PatientParameterService,
     latched_qos,
+    qualified_name,
     reliable_qos,
     run,
 )
@@ -87,7 +88,10 @@ class CorrectionController(ManagedNode):
         self._latch: Latch | None = None  # outlives the loop: what was switched off stays off when it is made anew
         self._head: OnnxHead | None = None  # of the last accepted parameters
         self._candidate_head: tuple[str, ConcurrentFuture] | None = None
-        self._settings = NodeParameters(self, ControllerConfig(), self._validate, self._apply)
+        # The file of a head may be another one under its old name.
+        self._settings = NodeParameters(
+            self, ControllerConfig(), self._validate, self._apply, frozenset({"correction.model_path"})
+        )
         self._sink: Sink | None = None
         self._source: ObservationSource | None = None
         self._thread: TickThread | None = None
@@ -246,7 +250,7 @@ class CorrectionController(ManagedNode):
         self._candidate_head = None  # of a request that was refused: its file may be another one by now
         name = values.get("correction.model_path")
         # For "" there is nothing to load, and correction.enabled of the same request says whether it is allowed.
-        if self._loop is None or not isinstance(name, str) or name in ("", self._settings.value.correction__model_path):
+        if self._loop is None or not isinstance(name, str) or name == "":
             return None
         config = dataclasses.replace(self._settings.value, correction__model_path=name)
         loaded = self._loader.submit(self._load_head, config)
@@ -262,7 +266,7 @@ class CorrectionController(ManagedNode):
 
     def _validate(self, candidate: ControllerConfig) -> None:
         name = candidate.correction__model_path
-        if self._loop is None or name == self._settings.value.correction__model_path:
+        if self._loop is None or "correction.model_path" not in self._settings.named:
             return
         if self._candidate_head is None or self._candidate_head[0] != name:
             self._candidate_head = (name, self._loader.submit(self._load_head, candidate))
@@ -271,7 +275,7 @@ class CorrectionController(ManagedNode):
     def _apply(self, config: ControllerConfig) -> None:
         if self._loop is None:
             return
-        if self._candidate_head is not None and self._candidate_head[0] == config.correction__model_path:
+        if "correction.model_path" in self._settings.named and self._candidate_head is not None:
             self._head = self._candidate_head[1].result()
             self._candidate_head = None
         # Not the loop's head: what was posted before may not have reached it yet.
@@ -445,7 +449,7 @@ class CorrectionController(ManagedNode):
             self._loop.chunks.copy(),
         )
         message = DiagnosticArray(
-            status=[status_to_message(s, self.get_name(), self._profile.robot.name) for s in statuses]
+            status=[status_to_message(s, qualified_name(self), self._profile.robot.name) for s in statuses]
         )
         message.header.stamp = to_time(self.get_clock().now().nanoseconds)
         self._diagnostics_publisher.publish(message)

@@ -117,7 +117,10 @@ class ObservationSource:
         )
 
     def _prepare_and_put(self, stream: str, item: tuple) -> None:
-        self._put(stream, *item)
+        try:
+            self._put(stream, *item)
+        except Exception as error:  # noqa: BLE001, a defect: the image counts as not arrived, the next one is taken
+            self._log.problem(stream, f"sample of {stream} lost, a defect: {type(error).__name__}: {error}")
 
     def _put(self, stream: str, message, convert: "Converter") -> bool:
         try:

@@ -1,8 +1,10 @@
 """What every node does alike: start, parameters, life cycle, clean end."""
 
+import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -44,6 +46,11 @@ def reliable_qos(depth: int) -> QoSProfile:
     return QoSProfile(depth=depth, reliability=ReliabilityPolicy.RELIABLE)
 
 
+def qualified_name(node: Node) -> str:
+    """Namespace and name: ``/diagnostics`` is one topic for all robots."""
+    return node.get_fully_qualified_name().lstrip("/")
+
+
 class NodeParameters:
     """ROS parameters of a node from a parameter set of ``core.config``: declared, validated together, then applied.
 
@@ -52,6 +59,7 @@ class NodeParameters:
         defaults: The parameter set with its defaults.
         validate: Called with a candidate before it is accepted; raises :class:`A2C2Error` to refuse it.
         apply: Called with the new set after it was accepted.
+        always: Names with which ``validate`` and ``apply`` are called even if the value is the same: of files.
 
     Raises:
         ConfigError: If a value given at start has the wrong type or violates a rule.
@@ -63,9 +71,12 @@ class NodeParameters:
         defaults: Config,
         validate: Callable[[Config], None] = lambda candidate: None,
         apply: Callable[[Config], None] = lambda config: None,
+        always: frozenset[str] = frozenset(),
     ) -> None:
         self._validate = validate
         self._apply = apply
+        self._always = always
+        self.named: frozenset[str] = frozenset()  # by the change that is validated or applied
         values = {}
         for item in fields(defaults):
             name = defaults.ros_name(item.name)
@@ -79,18 +90,22 @@ class NodeParameters:
 
     def _on_set(self, parameters: Sequence[Parameter]) -> SetParametersResult:
         try:
-            candidate = self.value.replaced({p.name: p.value for p in parameters})
-            if candidate != self.value:
+            candidate = self._candidate(parameters)
+            if candidate != self.value or self.named & self._always:
                 self._validate(candidate)
         except A2C2Error as error:
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)
 
     def _post_set(self, parameters: Sequence[Parameter]) -> None:
-        candidate = self.value.replaced({p.name: p.value for p in parameters})
-        if candidate != self.value:
+        candidate = self._candidate(parameters)
+        if candidate != self.value or self.named & self._always:
             self.value = candidate
             self._apply(candidate)
+
+    def _candidate(self, parameters: Sequence[Parameter]) -> Config:
+        self.named = frozenset(p.name for p in parameters)
+        return self.value.replaced({p.name: p.value for p in parameters})
 
 
 def _descriptor(item) -> ParameterDescriptor:
@@ -134,19 +149,38 @@ class PatientParameterService(ParameterService):
 
 
 class EdgeLog:
-    """Logs a condition once when it begins and once when it ends, however often it is reported; counts every report."""
+    """Logs a condition once when it begins and once when it ends, however often it is reported; counts every report.
 
-    def __init__(self, node: Node) -> None:
+    Another cause of the same condition, which is a text that differs by more than numbers, is logged too, but at most
+    one in ``CAUSE_PERIOD_S``.
+
+    Args:
+        node: Whose logger is used.
+        now_s: A clock that only goes forward [s].
+    """
+
+    CAUSE_PERIOD_S = 5.0
+
+    def __init__(self, node: Node, now_s: Callable[[], float] = time.monotonic) -> None:
         self._logger = node.get_logger()
+        self._now_s = now_s
         self._active: dict[str, str] = {}
+        self._logged: dict[str, tuple[str, float]] = {}  # text without numbers, and when
         self.counts: dict[str, int] = {}
 
     def problem(self, key: str, text: str) -> None:
         """The condition ``key`` holds; ``text`` says what is wrong."""
         self.counts[key] = self.counts.get(key, 0) + 1
-        if key not in self._active:
+        cause = re.sub(r"[\d.]+", "", text)
+        logged, when_s = self._logged.get(key, ("", 0.0))
+        if key not in self._active or (cause != logged and self._now_s() - when_s >= self.CAUSE_PERIOD_S):
             self._logger.error(text)
+            self._logged[key] = cause, self._now_s()
         self._active[key] = text
+
+    def active(self, key: str) -> str | None:
+        """What the condition ``key`` was last reported with, None if it was not or has ended."""
+        return self._active.get(key)
 
     def holds(self, key: str) -> bool:
         """Whether the condition ``key`` was reported and has not ended."""

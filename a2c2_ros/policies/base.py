@@ -104,6 +104,11 @@ class ChunkPolicy(Protocol):
     state_dim: int
     latent_dim: int
     language_dim: int
+    trained_for: Mapping[str, Any]  # of step_ns, state_names and action_space what its files tell
+
+    def largest_delay(self, chunking: str) -> int | None:
+        """The largest d [steps] with which it goes on from a chunk, by "rtc" or "tt_rtc"; None: it cannot."""
+        ...
 
     def embed(self, instruction: str) -> np.ndarray:
         """Embedding of an instruction, (L,) float32; computed once per instruction."""
@@ -130,6 +135,28 @@ class ChunkPolicy(Protocol):
             PolicyError: If the chunk is not finite, or the policy cannot go on from ``continuation``.
         """
         ...
+
+
+def check_continuation(policy: ChunkPolicy, chunking: str, delay_steps: int) -> None:
+    """Check that a policy can go on from a chunk as the planner's parameters want it.
+
+    Raises:
+        ConfigError: Naming the parameter, its value and what is allowed.
+    """
+    if chunking not in ("rtc", "tt_rtc"):
+        return
+    largest = policy.largest_delay(chunking)
+    if largest is None:
+        others = [c for c in ("rtc", "tt_rtc") if policy.largest_delay(c) is not None]
+        raise ConfigError(
+            f"chunking is {chunking!r}, which the policy {policy.policy_id} cannot do, allowed are "
+            f"{['asynchronous', 'synchronous', *others]}"
+        )
+    if delay_steps > largest:
+        raise ConfigError(
+            f"inference_delay is {delay_steps}, with chunking {chunking!r} the policy {policy.policy_id} allows at "
+            f"most {largest}"
+        )
 
 
 def infer_chunk(

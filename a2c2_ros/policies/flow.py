@@ -281,7 +281,12 @@ class FlowPolicy:
         self.state_dim = len(self.config.state_names)
         self.latent_dim = self.config.latent_dim
         self.language_dim = self.config.language_dim
+        self.trained_for = {name: getattr(self.config, name) for name in ("step_ns", "state_names", "action_space")}
         self._language = InstructionEncoder()
+
+    def largest_delay(self, chunking: str) -> int | None:
+        """See :meth:`ChunkPolicy.largest_delay`."""
+        return self.horizon if chunking == "rtc" else self.config.prefix_slots or None
 
     def embed(self, instruction: str) -> np.ndarray:
         """Embedding of an instruction, (384,) float32."""
@@ -299,14 +304,18 @@ class FlowPolicy:
         check_observation(self, observation)
         language = self.embed(instruction)
         noise = torch.randn(1, self.horizon * len(self.action_names), generator=torch.Generator().manual_seed(seed))
-        with torch.inference_mode():
-            images = {name: torch.tensor(observation[name][None], device=self.device) for name in self.cameras}
-            state, embedding = (
-                torch.tensor(array[None], device=self.device) for array in (observation["state"], language)
-            )
-            latent = self.network.encode(images, state, embedding)
-            actions = self.network.sample(latent, noise.to(self.device), continuation)
-        return PolicyOutput(actions[0].cpu().numpy(), latent[0].cpu().numpy(), language)
+        try:
+            with torch.inference_mode():
+                images = {name: torch.tensor(observation[name][None], device=self.device) for name in self.cameras}
+                state, embedding = (
+                    torch.tensor(array[None], device=self.device) for array in (observation["state"], language)
+                )
+                latent = self.network.encode(images, state, embedding)
+                actions = self.network.sample(latent, noise.to(self.device), continuation)
+                actions, latent = actions[0].cpu().numpy(), latent[0].cpu().numpy()
+        except RuntimeError as error:  # of the device, as when its memory is used up by others
+            raise PolicyError(f"flow policy {self.policy_id}: {error}") from error
+        return PolicyOutput(actions, latent, language)
 
 
 def save_network(network: FlowNetwork, path: str | Path, name: str) -> FlowConfig:

@@ -1,11 +1,14 @@
 """Instruction embedding by a frozen sentence encoder that is installed with the package's dependencies."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 LANGUAGE_DIM = 384
+REMEMBERED = 256  # instructions; a server gets any number of them
 
 
 class InstructionEncoder:
@@ -18,20 +21,18 @@ class InstructionEncoder:
     LAYERS, HEADS, NORM_EPSILON = 6, 12, 1e-12
 
     def __init__(self) -> None:
-        self._embeddings: dict[str, np.ndarray] = {}
+        self.embed = lru_cache(REMEMBERED)(self.embed)
         self._weights: dict[str, Tensor] = {}
         self._tokenizer = None
 
     def embed(self, instruction: str) -> np.ndarray:
-        """Embedding of one instruction, (384,) float32 of unit length, read-only; remembered."""
-        if instruction not in self._embeddings:
-            self._load()
-            with torch.inference_mode():
-                tokens = self._tokens(torch.tensor(self._tokenizer.encode(instruction).ids))
-                embedding = functional.normalize(tokens.mean(dim=0), dim=0).numpy()
-            embedding.setflags(write=False)
-            self._embeddings[instruction] = embedding
-        return self._embeddings[instruction]
+        """Embedding of one instruction, (384,) float32 of unit length, read-only; the newest are remembered."""
+        self._load()
+        with torch.inference_mode():
+            tokens = self._tokens(torch.tensor(self._tokenizer.encode(instruction).ids))
+            embedding = functional.normalize(tokens.mean(dim=0), dim=0).numpy()
+        embedding.setflags(write=False)
+        return embedding
 
     def _load(self) -> None:
         if self._weights:

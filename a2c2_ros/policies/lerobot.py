@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from a2c2_ros.core.errors import ConfigError, PolicyError
 from a2c2_ros.policies.base import Continuation, PolicyOptions, PolicyOutput, check_observation
-from a2c2_ros.policies.language import InstructionEncoder
+from a2c2_ros.policies.language import REMEMBERED, InstructionEncoder
 from a2c2_ros.policies.lerobot_files import VLM_FOLDER, WEIGHTS_FILE, LeRobotMapping, checkpoint_id
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,7 +132,8 @@ class LeRobotPolicy:
         self._tokenizer = next((s for s in self._preprocess.steps if isinstance(s, TokenizerProcessorStep)), None)
         self._embed_tokens = _method(self._policy, "embed_language_tokens") if self._tokenizer else None
         self._encoder = InstructionEncoder()
-        self._embeddings: dict[str, np.ndarray] = {}
+        self.trained_for = {}  # the configuration of a checkpoint has neither rate nor names
+        self.embed = lru_cache(REMEMBERED)(self.embed)
         self._rtc_ready = False
 
         robot = options.robot
@@ -144,20 +146,18 @@ class LeRobotPolicy:
         self.latent_dim, self.language_dim = len(output.latent), len(output.language)
 
     def embed(self, instruction: str) -> np.ndarray:
-        """Embedding of an instruction, (L,) float32, read-only; computed once per instruction.
+        """Embedding of an instruction, (L,) float32, read-only; the newest are remembered.
 
         The mean of the policy's own token embeddings if it has ``embed_language_tokens`` (SmolVLA, pi0, pi0.5), else
         the sentence embedding of :class:`InstructionEncoder`.
         """
         if self._embed_tokens is None:
             return self._encoder.embed(instruction)
-        if instruction not in self._embeddings:
-            with self._errors(), torch.no_grad():
-                tokens = self._tokenizer.input_tokenizer(instruction, return_tensors="pt")["input_ids"]
-                embedding = self._embed_tokens(tokens.to(self._device))[0].float().mean(dim=0).cpu().numpy()
-            embedding.setflags(write=False)
-            self._embeddings[instruction] = embedding
-        return self._embeddings[instruction]
+        with self._errors(), torch.no_grad():
+            tokens = self._tokenizer.input_tokenizer(instruction, return_tensors="pt")["input_ids"]
+            embedding = self._embed_tokens(tokens.to(self._device))[0].float().mean(dim=0).cpu().numpy()
+        embedding.setflags(write=False)
+        return embedding
 
     def predict(
         self,
@@ -171,6 +171,10 @@ class LeRobotPolicy:
         language = self.embed(instruction)
         actions, latents = self._infer([observation], [instruction], seed, continuation)
         return PolicyOutput(actions[0], latents[0], language)
+
+    def largest_delay(self, chunking: str) -> int | None:
+        """See :meth:`ChunkPolicy.largest_delay`; LeRobot 0.6 trains no policy for "tt_rtc"."""
+        return self.horizon if chunking == "rtc" and self._policy.supports_rtc() else None
 
     def predict_batch(
         self,
@@ -222,7 +226,7 @@ class LeRobotPolicy:
         cuda = [self._device.index or 0] if self._device.type == "cuda" else []
         with self._errors(), torch.no_grad(), torch.random.fork_rng(cuda), self._arithmetic():
             torch.manual_seed(seed)
-            actions, latents = self._run(observations, instructions, continuation)
+            actions, latents = (t.float().cpu() for t in self._run(observations, instructions, continuation))
         count = len(observations)
         if actions.ndim != 3 or actions.shape[0] != count or actions.shape[1] < 2:
             raise PolicyError(
@@ -230,7 +234,7 @@ class LeRobotPolicy:
             )
         if len(latents) != count:
             raise PolicyError(f"{self._name} gave {len(latents)} latents of {count} observations")
-        return actions.float().cpu().numpy(), latents.float().cpu().numpy()
+        return actions.numpy(), latents.numpy()
 
     def _run(
         self,

@@ -26,11 +26,15 @@ from websockets.frames import CloseCode
 from websockets.sync.client import ClientConnection, connect
 
 from a2c2_ros.core.errors import ConfigError, PolicyError
+from a2c2_ros.core.robot import Robot
 from a2c2_ros.policies.base import Continuation, PolicyOptions, PolicyOutput, check_observation
 
 DIALECT = "a2c2_ros"
 """Key of the metadata that says that the rest of it is :func:`a2c2_ros.policies.server.metadata`."""
 DIALECT_VERSION = 1
+CONTINUATION = "continuation"
+"""Key of a request to a server of ours: what real-time chunking goes on from."""
+LIBERO_ORIENTATION_XYZW = (1.0, 0.0, 0.0, 0.0)
 
 BACKOFF_S = 0.1  # between two attempts to connect at first; it doubles up to the largest
 LARGEST_BACKOFF_S = 2.0
@@ -39,6 +43,7 @@ ERROR_LENGTH = 400  # characters of a server's error that are passed on
 
 ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"
 DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")  # of numbers only: numpy's own parser would also take objects
+REMEMBERED = 256  # embeddings of instructions
 MAX_AXES = 8
 MAX_ITEMS = 4096  # of a list or map; arrays are binary and are limited by the size of the message
 
@@ -120,8 +125,8 @@ def _shortened(text: str) -> str:
 class RemoteSettings:
     """What the server wants and gives, and how long to wait; the keys of the policy's YAML file.
 
-    The defaults are openpi's LIBERO server. A server of ours tells all but :data:`LOCAL_SETTINGS` in its metadata; what
-    the YAML file says counts more.
+    The defaults are openpi's LIBERO server; those of :data:`DATA_SETTINGS` hold in simulation only. A server of ours
+    tells all but :data:`LOCAL_SETTINGS` in its metadata; what the YAML file says counts more.
 
     Raises:
         ConfigError: If a value is not of the kind that is allowed.
@@ -137,7 +142,7 @@ class RemoteSettings:
     latent: str | None = None  # key of the reply; None: the latent is empty, for heads that take none
     language: str | None = None  # key of the reply; None: policies.language embeds the instruction
     state_representation: str = "axis_angle"  # "robot": as the robot gives it; "axis_angle": see absolute_rotation
-    nominal_orientation_xyzw: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0)  # as in the robot profile; for "axis_angle"
+    nominal_orientation_xyzw: tuple[float, ...] | None = None  # for "axis_angle"; None: that of the robot profile
     mirror_images: bool = True  # left and right exchanged, as in the data of openpi's LIBERO policies
     horizon: int | None = None  # H; None: what the server sends
     image_size: int | None = None  # side of the images that are sent [pixels]; None: those of the robot
@@ -169,7 +174,8 @@ class RemoteSettings:
         self._check("mirror_images", isinstance(self.mirror_images, bool), "true or false")
         self._check("state_representation", self.state_representation in ("robot", "axis_angle"), "robot or axis_angle")
         valid = isinstance(orientation, tuple) and len(orientation) == 4 and all(map(_is_number, orientation))
-        self._check("nominal_orientation_xyzw", valid and any(orientation), "four numbers, not all 0")
+        valid = orientation is None or valid and any(orientation)
+        self._check("nominal_orientation_xyzw", valid, "four numbers, not all 0, or null")
         self._check("action_names", names is None or isinstance(names, tuple) and all(map(_is_text, names)), "names")
         keys = [*cameras.values(), self.state, self.instruction, *filter(None, [self.seed])]
         if len(set(keys)) != len(keys):
@@ -180,6 +186,8 @@ class RemoteSettings:
             raise ConfigError(f"remote policy: {name} is {getattr(self, name)!r}, allowed is {allowed}")
 
 
+DATA_SETTINGS = ("state_representation", "mirror_images")
+"""How the data were made that a policy learned from. A guess about it would move a robot wrongly."""
 LOCAL_SETTINGS = ("name", "timeout_s", "connect_timeout_s", "warm_up_timeout_s", "max_message_mb", "api_key_env")
 """The settings that do not change what the policy does; a server does not tell them."""
 
@@ -265,15 +273,26 @@ class RemotePolicy:
             told = _as_map(unpack(self._metadata), "the metadata")
         ours = told.get(DIALECT) == DIALECT_VERSION
         served = {k: v for k, v in told.items() if ours and k in known and k not in LOCAL_SETTINGS}
-        self._settings = settings = RemoteSettings(**served | dict(options.mapping))
+        given = served | dict(options.mapping)
+        self._settings = settings = RemoteSettings(**given)
+        robot = options.robot
+        untold = [name for name in DATA_SETTINGS if name not in given]
+        if untold and robot is not None and not robot.simulated:
+            raise ConfigError(
+                f"remote policy: the server does not tell {untold}, and {robot.name} is no simulator: the policy's "
+                f"YAML file (policy_config) has to say them"
+            )
         self.cameras = tuple(settings.cameras)
         self.image_size = settings.image_size or self._robot_image_size(options)
-        robot = options.robot
         self.state_dim = settings.state_dim or self._given("state_dim", robot and len(robot.state_names))
         self.action_names = settings.action_names or self._given("action_names", robot and robot.action_names)
-        if settings.state_representation == "axis_angle" and self.state_dim < 6:
-            raise ConfigError(f"remote policy: state_representation axis_angle with {self.state_dim} numbers of state")
-
+        self._nominal_xyzw = self._nominal_orientation(robot)
+        trained_for = told.get("trained_for") if ours else None
+        if not isinstance(trained_for, Mapping):
+            trained_for = {}
+        self.trained_for = {k: tuple(v) if isinstance(v, list) else v for k, v in trained_for.items()}
+        delays = told.get("largest_delay") if ours else None
+        self._largest_delays = delays if isinstance(delays, Mapping) else {}
         self._languages: dict[str, np.ndarray] = {}  # what the server sent
         self._encoder = None
         self.horizon, self.latent_dim, self.language_dim = settings.horizon, None, None
@@ -295,6 +314,11 @@ class RemotePolicy:
             self._infer(self._nothing(), instruction, 0, self._settings.timeout_s)
         return self._languages[instruction]
 
+    def largest_delay(self, chunking: str) -> int | None:
+        """See :meth:`ChunkPolicy.largest_delay`; what a server of ours tells, others cannot."""
+        delay = self._largest_delays.get(chunking)
+        return delay if type(delay) is int else None
+
     def predict(
         self,
         observation: Mapping[str, np.ndarray],
@@ -311,9 +335,9 @@ class RemotePolicy:
                 made anew, once here, and again by the next call.
         """
         check_observation(self, observation)
-        if continuation is not None:
-            raise PolicyError(f"{self._url}: a remote policy cannot go on from a chunk ({continuation.mode!r})")
-        return self._infer(observation, instruction, seed, self._settings.timeout_s)
+        if continuation is not None and self.largest_delay(continuation.mode) is None:
+            raise PolicyError(f"{self._url}: the server cannot go on from a chunk ({continuation.mode!r})")
+        return self._infer(observation, instruction, seed, self._settings.timeout_s, continuation)
 
     def close(self) -> None:
         """Close the connection; the next inference opens another."""
@@ -321,7 +345,12 @@ class RemotePolicy:
         self._closing.close()
 
     def _infer(
-        self, observation: Mapping[str, np.ndarray], instruction: str, seed: int, timeout_s: float
+        self,
+        observation: Mapping[str, np.ndarray],
+        instruction: str,
+        seed: int,
+        timeout_s: float,
+        continuation: Continuation | None = None,
     ) -> PolicyOutput:
         settings = self._settings
         images = {key: observation[name] for name, key in settings.cameras.items()}
@@ -329,10 +358,16 @@ class RemotePolicy:
             images = {key: image[:, ::-1] for key, image in images.items()}
         state = observation["state"]
         if settings.state_representation == "axis_angle":
-            state = absolute_rotation(state, settings.nominal_orientation_xyzw)
+            state = absolute_rotation(state, self._nominal_xyzw)
         request = images | {settings.state: state, settings.instruction: instruction}
         if settings.seed is not None:
             request[settings.seed] = seed
+        if continuation is not None:
+            request[CONTINUATION] = {
+                "actions": continuation.actions,
+                "delay_steps": continuation.delay_steps,
+                "mode": continuation.mode,
+            }
         with self._named():
             reply = self._exchange(pack(request), timeout_s)
             actions = _array(reply, settings.actions, (self.horizon, len(self.action_names)))
@@ -340,6 +375,8 @@ class RemotePolicy:
             if settings.latent is not None:
                 latent = _array(reply, settings.latent, (self.latent_dim,))
             if settings.language is not None:
+                if len(self._languages) >= REMEMBERED:
+                    self._languages.clear()
                 self._languages[instruction] = _array(reply, settings.language, (self.language_dim,))
             return PolicyOutput(actions, latent, self.embed(instruction), _inference_ns(reply))
 
@@ -428,6 +465,29 @@ class RemotePolicy:
         if not os.environ.get(variable):
             raise ConfigError(f"remote policy: the environment variable {variable} (api_key_env) holds no key")
         return {"Authorization": f"Api-Key {os.environ[variable]}"}
+
+    def _nominal_orientation(self, robot: Robot | None) -> tuple[float, ...] | None:
+        """What the state's rotation is relative to, None if it is sent as it is."""
+        if self._settings.state_representation != "axis_angle":
+            return None
+        given = self._settings.nominal_orientation_xyzw
+        if robot is None:
+            if self.state_dim < 6:
+                raise ConfigError(
+                    f"remote policy: state_representation axis_angle with {self.state_dim} numbers of state"
+                )
+            return given or LIBERO_ORIENTATION_XYZW
+        if robot.nominal_orientation_xyzw is None:
+            raise ConfigError(
+                f"remote policy: state_representation is axis_angle, but the state of {robot.name} is "
+                f"{list(robot.state_names)}, without a rotation; allowed is robot"
+            )
+        if given not in (None, robot.nominal_orientation_xyzw):
+            raise ConfigError(
+                f"remote policy: nominal_orientation_xyzw is {given}, allowed is that of {robot.name}, "
+                f"{robot.nominal_orientation_xyzw}, or null"
+            )
+        return robot.nominal_orientation_xyzw
 
     def _robot_image_size(self, options: PolicyOptions) -> int:
         shapes = {name: options.camera_shapes.get(name) for name in self.cameras}

@@ -27,13 +27,14 @@ from websockets.protocol import State
 
 from a2c2_ros.core.errors import A2C2Error, ConfigError, ObservationError
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.policies.base import ChunkPolicy
+from a2c2_ros.policies.base import ChunkPolicy, Continuation
 from a2c2_ros.policies.registry import load_policy_for
-from a2c2_ros.policies.remote import DIALECT, DIALECT_VERSION, pack, unpack
+from a2c2_ros.policies.remote import CONTINUATION, DIALECT, DIALECT_VERSION, pack, unpack
 
 HEALTH_PATH = "/healthz"
 STATE, INSTRUCTION, SEED = "observation/state", "prompt", "seed"
 DEFAULT_MESSAGE_MB = 16.0
+LONGEST_INSTRUCTION = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def metadata(policy: ChunkPolicy) -> dict[str, Any]:
         "language": "language",
         "state_representation": "robot",
         "mirror_images": False,
+        "trained_for": {k: list(v) if isinstance(v, tuple) else v for k, v in policy.trained_for.items()},
+        "largest_delay": {mode: policy.largest_delay(mode) for mode in ("rtc", "tt_rtc")},
     }
 
 
@@ -67,7 +70,8 @@ def infer(policy: ChunkPolicy, request: object) -> dict[str, Any]:
     Args:
         policy: Computes the chunk.
         request: Decoded message: per camera ``observation/NAME``, ``observation/state``, ``prompt`` and, if equal
-            requests are to give equal chunks whatever came before, ``seed`` (default 0).
+            requests are to give equal chunks whatever came before, ``seed`` (default 0). For real-time chunking
+            ``continuation``: a map of the fields of :class:`Continuation`.
 
     Returns:
         ``actions`` (H, A), ``latent`` (Z,), ``language`` (L,), all float32, and ``policy_timing`` [ms].
@@ -84,14 +88,33 @@ def infer(policy: ChunkPolicy, request: object) -> dict[str, Any]:
     seed = _item(request, SEED, int) if SEED in request else 0
     if not 0 <= seed < 2**63:
         raise ObservationError(f"{SEED!r} is {seed}, allowed are 0 to 2**63 - 1")
+    if len(instruction) > LONGEST_INSTRUCTION:
+        raise ObservationError(f"{INSTRUCTION!r} has {len(instruction)} characters, allowed are {LONGEST_INSTRUCTION}")
+    continuation = None
+    if CONTINUATION in request:
+        continuation = _continuation(policy, _item(request, CONTINUATION, Mapping))
     started_s = time.perf_counter()
-    output = policy.predict(observation, instruction, seed=seed)
+    output = policy.predict(observation, instruction, seed=seed, continuation=continuation)
     return {
         "actions": output.actions,
         "latent": output.latent,
         "language": output.language,
         "policy_timing": {"infer_ms": 1e3 * (time.perf_counter() - started_s)},
     }
+
+
+def _continuation(policy: ChunkPolicy, given: Mapping) -> Continuation:
+    actions, mode = _item(given, "actions", np.ndarray), _item(given, "mode", str)
+    if actions.ndim != 2 or not 0 < len(actions) <= policy.horizon or actions.shape[1] != len(policy.action_names):
+        raise ObservationError(
+            f"'actions' to go on from are {actions.shape}, allowed are up to {policy.horizon} of "
+            f"{len(policy.action_names)} numbers"
+        )
+    if not np.isfinite(actions).all():
+        raise ObservationError("'actions' to go on from are not finite")
+    if mode not in ("rtc", "tt_rtc") or policy.largest_delay(mode) is None:
+        raise ObservationError(f"'mode' is {mode[:20]!r}, which the policy {policy.policy_id} cannot do")
+    return Continuation(actions.astype(np.float32), _item(given, "delay_steps", int), mode)
 
 
 def _item(request: Mapping, key: str, kind: type) -> Any:
