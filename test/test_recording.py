@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 import zstandard
 
 pytest.importorskip("mcap")
@@ -335,6 +336,10 @@ def in_a_process(code: str, *arguments: object) -> str:
     return out.stdout
 
 
+def custom_data(bag: Path) -> dict[str, str]:
+    return yaml.safe_load((bag / "metadata.yaml").read_text())["rosbag2_bagfile_information"]["custom_data"]
+
+
 WRITE_ERROR = """
 import resource, sys
 from pathlib import Path
@@ -342,7 +347,9 @@ from test_recording import TEXT, text_cdr
 from a2c2_ros.recording.recorder import Recorder
 from a2c2_ros.recording.writer import BagWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-recorder = Recorder(BagWriter(Path(sys.argv[1])), 10**8)
+bag = BagWriter(Path(sys.argv[1]))
+bag.note({"dropped": '{"/front/image": 3}'})
+recorder = Recorder(bag, 10**8)
 for number in range(400):
     recorder.put(TEXT, number, number, text_cdr(f"{number:010000d}"))
 assert recorder.close(30.0)
@@ -352,10 +359,13 @@ print(recorder.status().ended)
 
 def test_after_a_write_error_the_bag_is_valid(tmp_path):
     said = in_a_process(WRITE_ERROR, tmp_path / "bag", 3_000_000)
-    assert "File too large" in said and "repair" not in said
+    assert "File too large; messages lost before that: " in said and "repair" not in said
     report = DamageReport()
     got = list(read_bag(tmp_path / "bag", report=report))
-    assert report.intact and 180 < len(got) < 400 and [m.log_ns for m in got] == list(range(len(got)))
+    assert 180 < len(got) < 400 and [m.log_ns for m in got] == list(range(len(got)))
+    assert report.problems == [f"bag_0.mcap: the recording ended before the run did: {said.strip()}"]
+    assert report.dropped == {IMAGE.name: 3}
+    assert custom_data(tmp_path / "bag")["ended"] == said.strip()
     assert [raw for _, _, raw in read_by_rosbags(tmp_path / "bag")] == [m.data for m in got]
 
 
@@ -371,7 +381,7 @@ try:
         bag.write(TEXT, number, number, text_cdr(f"{number:0500d}"))
         bag.flush()
 except OSError:
-    bag.close()
+    assert bag.close()
     print(number)
 """
 
@@ -380,9 +390,114 @@ def test_the_index_of_a_file_gets_its_room_from_the_last_messages(tmp_path):
     written = int(in_a_process(NO_ROOM, tmp_path / "bag"))
     report = DamageReport()
     got = list(read_bag(tmp_path / "bag", report=report))
-    assert report.intact and [m.log_ns for m in got] == list(range(len(got)))
+    assert [m.log_ns for m in got] == list(range(len(got)))
     assert written - 64 < len(got) < written - 2
+    (problem,) = report.problems
+    assert problem.endswith(f"File too large; messages lost before that: {written + 1 - len(got)}")
+    assert custom_data(tmp_path / "bag")["ended"] in problem
     assert [raw for _, _, raw in read_by_rosbags(tmp_path / "bag")] == [m.data for m in got]
+
+
+NO_ROOM_AT_THE_END = """
+import resource, sys
+from pathlib import Path
+from test_recording import TEXT, text_cdr
+from a2c2_ros.recording.recorder import Recorder
+from a2c2_ros.recording.writer import BagWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+bag = BagWriter(Path(sys.argv[1]))
+number = 0
+while bag.size_bytes < int(sys.argv[2]):
+    bag.write(TEXT, number, number, text_cdr(f"{number:0500d}"))
+    bag.flush()
+    number += 1
+recorder = Recorder(bag, 10**8)
+assert recorder.close(30.0)
+print(number, recorder.status().ended, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(("size", "lost"), [(60_000, False), (98_000, True)])
+def test_a_bag_that_is_cut_at_its_end_says_so(tmp_path, size, lost):
+    written, said = in_a_process(NO_ROOM_AT_THE_END, tmp_path / "bag", size).split("\n")[:2]
+    report = DamageReport()
+    got = list(read_bag(tmp_path / "bag", report=report))
+    assert (len(got) < int(written)) == lost == (said != "") == (not report.intact)
+    assert (custom_data(tmp_path / "bag") or {}).get("ended", "") == said
+    assert not lost or said in report.problems[0]
+
+
+def test_an_error_in_the_midst_of_a_bag_is_told_in_its_files(tmp_path, monkeypatch):
+    bag = BagWriter(tmp_path / "bag", max_file_bytes=1000)
+    recorder = Recorder(bag, 10**8)
+    monkeypatch.setattr(bag, "_open", failing(OSError(28, "No space left on device")))
+    for number in range(400):
+        recorder.put(TEXT, number, number, text_cdr(f"{number:010000d}"))
+    assert recorder.close(30.0)
+    status = recorder.status()
+    report = DamageReport()
+    got = list(read_bag(tmp_path / "bag", report=report))
+    assert len(got) + status.dropped[TEXT.name] == 400 and "No space left" in status.ended
+    assert report.problems == [f"bag_0.mcap: the recording ended before the run did: {status.ended}"]
+
+
+def failing(error: Exception):
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_an_error_of_any_kind_ends_the_recording_and_is_told(tmp_path):
+    recorder = Recorder(BagWriter(tmp_path / "bag"), 10**6)
+    recorder.put(TEXT, 1, 1, text_cdr("first"))
+    while recorder.status().size_bytes < 200:
+        time.sleep(0.01)
+    recorder.put(TEXT, 2, -1, text_cdr("before the epoch"))
+    while not recorder.status().ended:
+        time.sleep(0.01)
+    recorder.put(TEXT, 3, 3, text_cdr("after the end"))
+    assert recorder.close(30.0)
+    status = recorder.status()
+    assert status.ended.startswith("error: ") and status.dropped[TEXT.name] == 2
+    report = DamageReport()
+    assert [m.log_ns for m in read_bag(tmp_path / "bag", report=report)] == [1]
+    assert report.problems == [f"bag_0.mcap: the recording ended before the run did: {status.ended}"]
+    assert len(read_by_rosbags(tmp_path / "bag")) == 1
+
+
+REPAIR = """
+import resource, sys
+from a2c2_ros.recording.repair import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+print(main([sys.argv[1], "--discard"]))
+"""
+
+
+def test_a_repair_without_room_leaves_the_bag_as_it_was(tmp_path):
+    bag = tmp_path / "bag"
+    writer = BagWriter(bag)
+    for message in made_messages(600):
+        writer.write(*message)
+    writer.close()
+    file = bag / "bag_0.mcap"
+    file.write_bytes(file.read_bytes()[:-200])
+    before = {path.name: path.read_bytes() for path in bag.iterdir()}
+    assert len(before[file.name]) > 60_000 and len(list(read_bag(bag))) == 600
+    assert in_a_process(REPAIR, bag).strip() == "1"
+    assert {path.name: path.read_bytes() for path in bag.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bag"]
+
+
+def test_a_bag_that_is_being_recorded_is_not_repaired(tmp_path):
+    bag = BagWriter(tmp_path / "bag", max_file_bytes=1000)
+    for message in made_messages(100):
+        bag.write(*message)
+        bag.flush()
+    with pytest.raises(ConfigError, match=r"bag_\d+\.mcap is being recorded"):
+        repair(tmp_path / "bag")
+    bag.close()
+    assert not repair(tmp_path / "bag").repaired
 
 
 def robots() -> list[str]:
@@ -401,7 +516,5 @@ def test_shipped_topic_lists_are_those_of_the_recorder(robot, capsys):
 
 
 def test_shipped_qos_overrides_are_those_of_the_recorder():
-    import yaml
-
     text = (share_directory() / "config" / "record_topics_qos.yaml").read_text()
     assert yaml.safe_load(text) == qos_overrides()

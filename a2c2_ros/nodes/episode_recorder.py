@@ -193,7 +193,7 @@ class EpisodeRecorder(PlainNode):
 
     def _report(self) -> None:
         status = self._recorder.status()
-        for topic, count in status.dropped.items():
+        for topic, count in status.dropped.items() if not status.ended else ():
             self._log.problem(topic, f"{topic}: {count} messages did not reach the bag; what follows is counted in it")
         if status.ended and not self._ended:
             # The robot goes on: a recorder that died would end the launch.

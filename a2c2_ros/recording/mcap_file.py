@@ -8,7 +8,7 @@ import mmap
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -207,7 +207,8 @@ class McapFile:
                 self.channels[channel.id] = channel
             else:
                 metadata = Metadata.read(stream)
-                self.metadata.append(MetadataIndex(record.end - record.offset, metadata.name, record.offset))
+                length = record.end - record.offset
+                self.metadata.append(MetadataIndex(offset=record.offset, length=length, name=metadata.name))
                 if metadata.name == NOTE:
                     self.note = metadata.metadata
         except (McapError, struct.error, ValueError) as error:
@@ -300,8 +301,12 @@ def _decompressed(compression: str, data: bytes) -> bytes:
     raise ValueError(f"compression {compression!r} is not known")
 
 
-def append_index(path: Path) -> None:
-    """Finish a file of ours that ends with a whole record: data end, summary, footer.
+def append_index(path: Path, note: Mapping[str, str]) -> None:
+    """Finish a file of ours that ends with a whole record: note, data end, summary, footer.
+
+    Args:
+        path: The file.
+        note: Metadata of our recorder; nothing is written for an empty one.
 
     Raises:
         OSError: If there is no space for it.
@@ -312,6 +317,11 @@ def append_index(path: Path) -> None:
         counts = Counter[int]()
         for _, found in indices:
             counts.update(found)
+        begin = file.end
+        builder = RecordBuilder()
+        if note:
+            Metadata(name=NOTE, metadata=dict(note)).write(builder)
+            file.metadata.append(MetadataIndex(length=builder.count, name=NOTE, offset=begin))
         statistics = Statistics(
             attachment_count=0,
             channel_count=len(file.channels),
@@ -324,9 +334,7 @@ def append_index(path: Path) -> None:
             schema_count=len(file.schemas),
         )
         chunks = [index for index, _ in indices]
-        builder = RecordBuilder()
         DataEnd(0).write(builder)
-        begin = file.end
         footer = Footer(summary_start=begin + builder.count, summary_offset_start=0, summary_crc=0)
         for record in (*file.schemas.values(), *file.channels.values(), statistics, *chunks, *file.metadata, footer):
             record.write(builder)

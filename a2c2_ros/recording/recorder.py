@@ -8,8 +8,8 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from a2c2_ros.recording.mcap_file import DROPPED, ENDED
-from a2c2_ros.recording.writer import BagWriter, Topic
+from a2c2_ros.recording.mcap_file import DROPPED
+from a2c2_ros.recording.writer import BagWriter, Topic, in_words
 
 IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 IMAGES_SHARE = 0.75
@@ -34,7 +34,7 @@ class Recorder:
     """A bag that is written by a thread.
 
     When the writer is too slow, images are dropped first; all that is dropped is counted, and the counts are written
-    to the bag. A write error or a disk that is nearly full ends the recording and leaves a valid bag.
+    to the bag. An error or a disk that is nearly full ends the recording and leaves a valid bag that says so.
 
     Args:
         bag: Used by the thread alone from now on.
@@ -62,9 +62,9 @@ class Recorder:
         size = len(data) + OVERHEAD_BYTES
         limit = self._max_queue_bytes * (IMAGES_SHARE if topic.type in IMAGES else 1.0)
         with self._changed:
-            if self._ended or self._closing:
+            if self._closing:
                 return
-            if self._queue_bytes + size > limit:
+            if self._ended or self._queue_bytes + size > limit:
                 self._dropped[topic.name] += 1
                 return
             self._queue.append((topic, log_ns, publish_ns, data))
@@ -92,13 +92,15 @@ class Recorder:
     def _run(self) -> None:
         try:
             self._record()
-        except OSError as error:
-            self._end(str(error))
+        except Exception as error:  # noqa: BLE001, whatever it is, nothing more is recorded
+            self._end(in_words(error))
         try:
-            self._bag.close()
+            if ended := self._bag.close(self._ended):
+                self._end(ended)
             self._size_bytes = self._bag.size_bytes
-        except OSError as error:
-            self._end(f"{self._ended or 'the bag could not be finished'}; repair it before it is read: {error}")
+        except Exception as error:  # noqa: BLE001, as above
+            words = f"repair it before it is read: {in_words(error)}"
+            self._end(f"{self._ended or 'the bag could not be finished'}; {words}")
 
     def _record(self) -> None:
         flush_s = 0.0
@@ -108,7 +110,7 @@ class Recorder:
                 flush_s = time.monotonic() + FLUSH_S
             with self._changed:
                 if self._queue:
-                    item = self._queue.popleft()
+                    item = self._queue[0]
                 elif self._closing:
                     break
                 else:
@@ -116,6 +118,7 @@ class Recorder:
                     continue
             self._bag.write(*item)
             with self._changed:
+                self._queue.popleft()
                 self._queue_bytes -= len(item[-1]) + OVERHEAD_BYTES
         self._flush()
 
@@ -134,12 +137,11 @@ class Recorder:
         free = space.f_bavail * space.f_frsize
         if free < self._min_free_bytes:
             text = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:.0f} MB are free, min_free_mb is"
-            text += f" {self._min_free_bytes / 1e6:.0f}"
-            self._bag.note({ENDED: text})  # whoever reads the bag must know that the run went on
-            raise OSError(errno.ENOSPC, text)
+            raise OSError(f"{text} {self._min_free_bytes / 1e6:.0f}")
 
     def _end(self, reason: str) -> None:
         with self._changed:
             self._ended = reason
+            self._dropped.update(topic.name for topic, *_ in self._queue)
             self._queue.clear()
             self._queue_bytes = 0

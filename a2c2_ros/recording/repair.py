@@ -5,6 +5,8 @@ BAG.damaged. Prints what was lost as JSON. MCAP only.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -44,12 +46,14 @@ def repair(path: Path, keep: bool = True) -> Repair:
         keep: Keep the original as ``PATH.damaged``.
 
     Raises:
-        ConfigError: If it is no folder with MCAP files, or ``PATH.damaged`` exists.
+        ConfigError: If it is no folder with MCAP files or is being recorded, or ``PATH.damaged`` exists.
         OSError: If the disk is full; the bag is as it was then.
     """
     files = bag_files(path)
     if not path.is_dir() or any(file.suffix != ".mcap" for file in files):
         raise ConfigError(f"{path} cannot be repaired, allowed is a bag folder with .mcap files")
+    for file in files:
+        _check_released(file)
     new, old = path.with_name(f"{path.name}.repairing"), path.with_name(f"{path.name}.damaged")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
@@ -62,7 +66,9 @@ def repair(path: Path, keep: bool = True) -> Repair:
             with McapFile(file) as mcap:
                 infos.append(_checked(mcap, file.name, topics))
                 if mcap.problems:
-                    infos[-1] = _written_anew(mcap, new / file.name, topics)
+                    checked, infos[-1] = infos[-1], _written_anew(mcap, new / file.name, topics)
+                    if infos[-1].counts != checked.counts:
+                        raise OSError(f"{new / file.name} could not be written: {infos[-1].ended}")
                 else:
                     _link(file, new / file.name)
                 problems += [f"{file.name}: {problem}" for problem in dict.fromkeys(mcap.problems)]
@@ -104,6 +110,14 @@ def _written_anew(mcap: McapFile, target: Path, topics: dict[str, Topic]) -> Fil
     if mcap.note:
         copy.note(mcap.note)
     return copy.close()
+
+
+def _check_released(file: Path) -> None:
+    with file.open("rb") as opened, contextlib.suppress(OSError):  # not every file system has locks
+        try:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{file} is being recorded; stop the recorder first") from None
 
 
 def _link(source: Path, target: Path) -> None:

@@ -4,7 +4,9 @@ The bag is what ``ros2 bag record -s mcap`` writes (version 9, Jazzy and newer).
 the records; it is used and not ``rosbags``, because it can end a chunk before it is full.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,7 @@ from mcap.writer import CompressionType
 from mcap.writer import Writer as McapWriter
 
 from a2c2_ros.core.errors import ConfigError
-from a2c2_ros.recording.mcap_file import NOTE, append_index
+from a2c2_ros.recording.mcap_file import ENDED, NOTE, append_index
 
 BAG_VERSION = 9
 CHUNK_BYTES = 2**20
@@ -45,6 +47,7 @@ class FileInfo:
     start_ns: int = 0
     end_ns: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # topic name -> messages
+    ended: str = ""  # why the rest of the run is not in it
 
     def add(self, topic: str, log_ns: int) -> None:
         """Count a message."""
@@ -59,7 +62,7 @@ class BagFile:
 
     After :meth:`flush` everything is with the kernel in complete chunks, so the end of the process cannot harm it.
     After a write error the file is cut back to its last flush, or farther if its index has no room then, and finished
-    by :meth:`close`.
+    by :meth:`close`. While it is open it is locked (flock), so that nobody repairs it.
     """
 
     def __init__(self, path: Path, compression: str = "none") -> None:
@@ -73,7 +76,9 @@ class BagFile:
         self._pending: list[tuple[str, int]] = []
         self._pending_bytes = 0
         self._flushed_bytes = self._output.tell()
-        self._failed = False
+        self._error = ""  # why it can only be closed
+        self._given = 0  # messages
+        self._note: dict[str, str] = {}
         self._info = FileInfo(path.name)
         self._earlier: deque[tuple[int, FileInfo]] = deque(maxlen=FLUSHES_KEPT)  # size and contents before each flush
 
@@ -90,7 +95,8 @@ class BagFile:
         """
         if topic.name not in self._channels:
             self._channels[topic.name] = self._register(topic)
-        self._mcap.add_message(self._channels[topic.name], log_ns, data, publish_ns)
+        self._given += 1
+        self._guarded(lambda: self._mcap.add_message(self._channels[topic.name], log_ns, data, publish_ns))
         self._pending.append((topic.name, log_ns))
         self._pending_bytes += len(data)
         if self._pending_bytes >= CHUNK_BYTES:
@@ -102,8 +108,9 @@ class BagFile:
         Raises:
             OSError: As :meth:`write`.
         """
+        self._note.update(values)
         self.flush()
-        self._guarded(lambda: self._mcap.add_metadata(NOTE, dict(values)))
+        self._guarded(lambda: self._mcap.add_metadata(NOTE, dict(self._note)))
 
     def flush(self) -> None:
         """Hand everything to the kernel as a complete chunk.
@@ -120,31 +127,40 @@ class BagFile:
         self._pending.clear()
         self._pending_bytes = 0
 
-    def close(self) -> FileInfo:
+    def close(self, ended: str = "") -> FileInfo:
         """Finish the file and wait until it is on the disk.
+
+        Args:
+            ended: Why the rest of the run is not recorded; "" if there is none. The file says so.
+
+        Returns:
+            What is in it; its ``ended`` says, too, what had to be given up.
 
         Raises:
             OSError: If it could not be finished; what was flushed can be read and repaired.
         """
         try:
-            if not self._failed:
-                self.flush()
+            if not self._error:
+                self.note({ENDED: ended}) if ended else self.flush()
                 self._guarded(self._mcap.finish)
-        except OSError:
-            pass  # the next lines make the best of it
+                self._info.ended = ended
+        except Exception:  # noqa: BLE001, the next lines make the best of it
+            pass
         try:
-            if self._failed:
-                self._finish_what_fits()
+            if self._error:
+                self._finish_what_fits(ended)
             self._output.sync()
         finally:
             self._output.close()
         return self._info
 
-    def _finish_what_fits(self) -> None:
+    def _finish_what_fits(self, ended: str) -> None:
         while True:
             self._output.cut(self._flushed_bytes)
+            lost = self._given - self._info.counts.total()
+            self._info.ended = f"{ended or self._error}; messages lost before that: {lost}" if lost else ended
             try:
-                append_index(self._path)
+                append_index(self._path, self._note | ({ENDED: self._info.ended} if self._info.ended else {}))
                 return
             except OSError:
                 if not self._earlier:
@@ -155,8 +171,8 @@ class BagFile:
     def _guarded(self, write: Callable[[], None]) -> None:
         try:
             write()
-        except OSError:
-            self._failed = True
+        except Exception as error:
+            self._error = in_words(error)
             raise
         self._flushed_bytes = self._output.tell()
 
@@ -194,7 +210,7 @@ class BagWriter:
         self._note: dict[str, str] = {}
         self._files: list[FileInfo] = []
         self._finished_bytes = 0
-        self._file: BagFile | None = self._open()
+        self._file: BagFile | None = self._open(0)
 
     @property
     def size_bytes(self) -> int:
@@ -207,9 +223,14 @@ class BagWriter:
         Raises:
             OSError: If it could not be written; the bag can only be closed then.
         """
-        if self._file is None or self._file.size_bytes >= self._max_file_bytes:
-            self._finish_file()
-            self._file = self._open()
+        if self._file.size_bytes >= self._max_file_bytes:
+            following = self._open(len(self._files) + 1)
+            try:
+                ended = self._finish_file()
+            finally:
+                self._file = following
+            if ended:
+                raise OSError(ended)
         self._topics[topic.name] = topic
         self._file.write(topic, log_ns, publish_ns, data)
 
@@ -232,24 +253,37 @@ class BagWriter:
         if self._file is not None:
             self._file.flush()
 
-    def close(self) -> None:
+    def close(self, ended: str = "") -> str:
         """Finish the file and write metadata.yaml.
+
+        Args:
+            ended: Why the rest of the run is not recorded; "" if there is none. File and metadata.yaml say so.
+
+        Returns:
+            The same, with what had to be given up.
 
         Raises:
             OSError: If something could not be written; what was flushed can be read and repaired.
         """
-        self._finish_file()
+        return self._finish_file(ended) if self._file is not None else ended
 
-    def _open(self) -> BagFile:
-        return BagFile(self.folder / f"{self.folder.name}_{len(self._files)}.mcap", self._compression)
+    def _open(self, number: int) -> BagFile:
+        return BagFile(self.folder / f"{self.folder.name}_{number}.mcap", self._compression)
 
-    def _finish_file(self) -> None:
-        if self._file is None:
-            return
+    def _finish_file(self, ended: str = "") -> str:
         file, self._file = self._file, None
-        self._files.append(file.close())
+        info = file.close(ended)
+        self._files.append(info)
         self._finished_bytes += file.size_bytes
+        if info.ended:
+            self._note[ENDED] = info.ended
         write_metadata(self.folder, self._files, list(self._topics.values()), self._note)
+        return info.ended
+
+
+def in_words(error: Exception) -> str:
+    """What an error says; its type, too, unless the system's words suffice."""
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def write_metadata(
@@ -316,6 +350,8 @@ class _Output:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb", buffering=0)
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def write(self, data: bytes) -> None:
         rest = memoryview(data)
