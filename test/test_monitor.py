@@ -1,5 +1,6 @@
 """What a person gets of a run: the summary's keys and numbers, the pictures and the video."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,13 +9,14 @@ import pytest
 pytest.importorskip("rclpy")
 av = pytest.importorskip("av")
 
-from a2c2_ros.msg import ControlStep, PlannerTiming
+import rclpy
+from a2c2_ros.msg import ControlConfiguration, ControlStep, EpisodeStatus, PlannerTiming
 from conftest import make_robot
 
 from a2c2_ros.core.errors import SimulationError
 from a2c2_ros.evaluation.overlay import BASE_COLOUR, COMMAND_COLOUR, VideoWriter, draw_frame, filmed
 from a2c2_ros.nodes.conversions import to_time
-from a2c2_ros.nodes.episode_monitor import Statistics, summarise
+from a2c2_ros.nodes.episode_monitor import EpisodeMonitor, Statistics, summarise
 
 
 def test_statistics_of_control_steps():
@@ -87,3 +89,52 @@ def test_an_exception_leaves_no_video(tmp_path, frames):
             on_step(step, images)
         raise SimulationError("boom")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def monitor(tmp_path):
+    """The node, told in the test's own words what it hears."""
+    rclpy.init(args=["--ros-args", "-p", f"out:={tmp_path}"], domain_id=101)
+    node = EpisodeMonitor()
+    for images in node._images.values():
+        images[0] = np.zeros((128, 128, 3), np.uint8)
+    yield node
+    node.close()
+    node.destroy_node()
+    rclpy.shutdown()
+
+
+def say(monitor, phase, seconds, **values):
+    """As ``operate episode`` does, which knows no number, task or step."""
+    message = EpisodeStatus(phase=phase, **values)
+    message.header.stamp = to_time(round(seconds * 1e9))
+    monitor._on_episode(message)
+
+
+def step(monitor, seconds):
+    message = ControlStep(base_action=[0.0] * 7, command=[0.0] * 7)
+    message.header.stamp = to_time(round(seconds * 1e9))
+    monitor._on_step(message)
+
+
+def test_every_episode_of_a_person_has_a_row_and_a_film(monitor, tmp_path):
+    (tmp_path / "episode000_task0.mp4").write_text("of an earlier run")
+    monitor._on_configuration(ControlConfiguration(parameters='{"control_rate_hz": 50.0}'))
+    episodes = [(10, "open it", EpisodeStatus.SUCCEEDED), (20, "close it", EpisodeStatus.ABORTED)]
+    for done, (begin_s, instruction, phase) in enumerate(episodes):
+        say(monitor, EpisodeStatus.STARTED, begin_s, instruction=instruction)
+        step(monitor, begin_s + 1)
+        step(monitor, begin_s + 2)
+        say(monitor, phase, begin_s + 5)
+        step(monitor, begin_s + 4)  # decided before the end, told after it
+        step(monitor, begin_s + 6)  # the robot goes on
+        assert len(monitor._rows) == done, "the last steps are waited for"
+    say(monitor, EpisodeStatus.STARTED, 30)
+
+    rows = json.loads((tmp_path / "summary.json").read_text())["per_episode"]
+    told = [(row["episode"], row["instruction"], row["result"], row["steps"], row["ticks"]) for row in rows]
+    assert told == [(1, "open it", "success", 3, 3), (2, "close it", "aborted", 3, 3)]
+    assert (tmp_path / "episode000_task0.mp4").read_text() == "of an earlier run"
+    for number in (1, 2):
+        with av.open(str(tmp_path / f"episode{number:03d}_task0.mp4")) as film:
+            assert film.streams.video[0].average_rate == 50, "it plays as fast as the robot was"

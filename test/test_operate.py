@@ -55,8 +55,9 @@ def test_a_person_says_how_an_episode_ended(bench):
     bench.node.create_subscription(EpisodeStatus, "episode", heard.append, latched_qos(10))
     assert operate(bench, "episode", "started", "--instruction", "open it") == (0, "")
     assert operate(bench, "episode", "succeeded") == (0, "")
+    assert operate(bench, "episode", "aborted") == (0, "")
     phases = [(m.phase, m.instruction) for m in heard]
-    assert phases == [(EpisodeStatus.STARTED, "open it"), (EpisodeStatus.SUCCEEDED, "")]
+    assert phases == [(EpisodeStatus.STARTED, "open it"), (EpisodeStatus.SUCCEEDED, ""), (EpisodeStatus.ABORTED, "")]
     assert to_ns(heard[0].header.stamp) < to_ns(heard[1].header.stamp) < bench.now_ns()
 
 

@@ -16,7 +16,7 @@ from a2c2_ros.core.safety import State
 from a2c2_ros.core.timing import Window
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation.overlay import VIDEO_HZ, VideoWriter, captions, draw_frame
-from a2c2_ros.msg import ControlStep, EpisodeStatus, PlannerTiming
+from a2c2_ros.msg import ControlConfiguration, ControlStep, EpisodeStatus, PlannerTiming
 from a2c2_ros.nodes.conversions import to_ns
 from a2c2_ros.nodes.observation_source import Converter, sensor_topics
 from a2c2_ros.nodes.runtime import EdgeLog, NodeParameters, PlainNode, latched_qos, reliable_qos, run, sensor_qos
@@ -123,9 +123,10 @@ class EpisodeMonitor(PlainNode):
         self._rows: list[dict[str, object]] = []
         self._started: EpisodeStatus | None = None
         self._ended: EpisodeStatus | None = None
+        self._number = 0
+        self._rate_hz: float = VIDEO_HZ
         self._images: dict[str, dict[int, np.ndarray]] = {c.name: {} for c in self._profile.cameras}
         self._video: VideoWriter | None = None
-        self._last_step_ns = 0
         self._wait_timer = None
         topics = sensor_topics(self._profile)
         for camera in self._profile.cameras:
@@ -133,6 +134,7 @@ class EpisodeMonitor(PlainNode):
             self.create_subscription(
                 topic.message_type, topic.name, partial(self._on_image, camera.name, topic.convert), qos, raw=True
             )
+        self.create_subscription(ControlConfiguration, "control_configuration", self._on_configuration, latched_qos(10))
         self.create_subscription(ControlStep, "control_step", self._on_step, reliable_qos(1000))
         self.create_subscription(PlannerTiming, "planner_timing", self._on_chunk, reliable_qos(10))
         self.create_subscription(EpisodeStatus, "episode", self._on_episode, latched_qos(10))
@@ -156,10 +158,14 @@ class EpisodeMonitor(PlainNode):
         while len(images) > (IMAGES_KEPT if self._started else IMAGES_KEPT_BETWEEN):
             del images[next(iter(images))]
 
+    def _on_configuration(self, message: ControlConfiguration) -> None:
+        self._rate_hz = json.loads(message.parameters)["control_rate_hz"]
+
     def _on_episode(self, message: EpisodeStatus) -> None:
         if message.phase == EpisodeStatus.STARTED:
             self._finish_episode()
             self._started, self._ended = message, None
+            self._number = self._free_number(message)
             self._episode_statistics = Statistics()
             self._run.new_episode()
             return
@@ -170,10 +176,22 @@ class EpisodeMonitor(PlainNode):
             self._wait_timer = self.create_timer(LAST_STEP_WAIT_S, self._finish_episode, clock=self.system_clock)
         self._finish_if_complete()
 
+    def _free_number(self, started: EpisodeStatus) -> int:
+        """The episode's own number, or the next that no row and no film has: a person does not count."""
+        number, taken = started.episode, {row["episode"] for row in self._rows}
+        while number in taken or self._film(number, started.task).exists():
+            number += 1
+        return number
+
+    def _film(self, number: int, task: int) -> Path:
+        return self._out / f"episode{number:03d}_task{task}.mp4"
+
     def _on_step(self, step: ControlStep) -> None:
-        if self._started is None or to_ns(step.header.stamp) < to_ns(self._started.header.stamp):
+        stamp_ns = to_ns(step.header.stamp)
+        if self._started is None or stamp_ns < to_ns(self._started.header.stamp):
             return
-        self._last_step_ns = to_ns(step.header.stamp)
+        if self._ended is not None and not self._ended.steps and stamp_ns > to_ns(self._ended.header.stamp):
+            return  # a robot that nobody resets goes on
         self._episode_statistics.add(step)
         self._run.add(step)
         self._draw(step)
@@ -184,33 +202,33 @@ class EpisodeMonitor(PlainNode):
         self._run.add_chunk(timing)
 
     def _finish_if_complete(self) -> None:
-        if self._ended is not None and self._episode_statistics.ticks >= self._ended.steps:
+        if self._ended is not None and 0 < self._ended.steps <= self._episode_statistics.ticks:
             self._finish_episode()
 
     def _finish_episode(self) -> None:
         if self._wait_timer is not None:
             self.destroy_timer(self._wait_timer)
             self._wait_timer = None
-        ended, self._ended, self._started = self._ended, None, None
+        started, ended, self._started, self._ended = self._started, self._ended, None, None
         self._close_video()
         if ended is None:
             return
-        self._rows.append(self._row(ended))
+        self._rows.append(self._row(started, ended))
         self._print_row()
         self._write_summary()
         finished = sum(row["result"] != "aborted" for row in self._rows)
         if ended.episodes and finished >= ended.episodes:
             raise SystemExit(0)
 
-    def _row(self, ended: EpisodeStatus) -> dict[str, object]:
+    def _row(self, started: EpisodeStatus, ended: EpisodeStatus) -> dict[str, object]:
         statistics = self._episode_statistics
         return {
-            "episode": ended.episode,
+            "episode": self._number,
             "task": ended.task,
             "initial_state": ended.initial_state,
-            "instruction": ended.instruction,
+            "instruction": started.instruction,
             "result": RESULTS[ended.phase],
-            "steps": ended.steps,
+            "steps": ended.steps or statistics.ticks,
             "timeouts": ended.timeouts,
             **summarise(statistics),
         }
@@ -264,8 +282,7 @@ class EpisodeMonitor(PlainNode):
         names, lines = self._profile.robot.action_names, captions(title, step.tick, step)
         frame = draw_frame(images, names, np.array(step.base_action), np.array(step.command), lines)
         if self._video is None:
-            path = self._out / f"episode{started.episode:03d}_task{started.task}.mp4"
-            self._video = VideoWriter(path, VIDEO_HZ)
+            self._video = VideoWriter(self._film(self._number, started.task), self._rate_hz)
         self._video.add(frame)
         if not self._settings.value.headless:
             cv2.imshow("a2c2_ros", frame[:, :, ::-1])

@@ -26,7 +26,12 @@ from a2c2_ros.msg import ControlStep, EpisodeStatus
 from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
 
 CONTROLLER = "correction_controller"
-PHASES = {"started": EpisodeStatus.STARTED, "succeeded": EpisodeStatus.SUCCEEDED, "failed": EpisodeStatus.FAILED}
+PHASES = {
+    "started": EpisodeStatus.STARTED,
+    "succeeded": EpisodeStatus.SUCCEEDED,
+    "failed": EpisodeStatus.FAILED,
+    "aborted": EpisodeStatus.ABORTED,
+}
 LISTENERS_S = 1.0
 """A recorder subscribes this long after the first publisher has appeared, or sooner."""
 ENVIRONMENT = {"ROS_DOMAIN_ID": "0", "ROS_AUTOMATIC_DISCOVERY_RANGE": "ROS's default"}
