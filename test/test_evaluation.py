@@ -81,6 +81,13 @@ def test_lists_of_numbers():
     for text in ("", "a", "1-", "-1", "1,,2"):
         with pytest.raises(ConfigError):
             parse_numbers(text)
+    for text, words in (
+        ("0-4,4-9", r"names \[4\] twice"),
+        ("7,7", r"names \[7\] twice"),
+        ("1,5-3", "has the range 5-3"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse_numbers(text)
 
 
 class CountingEnv:

@@ -55,14 +55,19 @@ def parse_numbers(text: str) -> list[int]:
     """``"0-3,7"`` to [0, 1, 2, 3, 7].
 
     Raises:
-        ConfigError: If the text is not a list of numbers and ranges.
+        ConfigError: If the text is not a list of numbers and rising ranges, or names a number twice.
     """
-    numbers = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if not first.isdigit() or (last and not last.isdigit()) or part.endswith("-"):
             raise ConfigError(f"{text!r} is not a list of numbers, allowed is for example 0-3,7")
-        numbers += range(int(first), int(last or first) + 1)
+        found = range(int(first), int(last or first) + 1)
+        if not found:
+            raise ConfigError(f"{text!r} has the range {part}, allowed is one that rises, for example 0-3")
+        if repeated := sorted(set(found).intersection(numbers)):
+            raise ConfigError(f"{text!r} names {repeated} twice, allowed is every number once")
+        numbers += found
     return numbers
 
 
