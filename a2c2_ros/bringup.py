@@ -19,8 +19,11 @@ from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.launching import CLOSED, SYSTEMS, Argument, System, parse_arguments
 
 POLL_S = 0.05
+# Longer than the recorder waits for its disk: a node's second signal interrupts what it does at its end.
+TERMINATE_S = 30.0
+KILL_S = 10.0  # after that
 # What a process that does not end gets, by the time since the shutdown began [s].
-ESCALATION = ((0.0, signal.SIGINT), (10.0, signal.SIGTERM), (20.0, signal.SIGKILL))
+ESCALATION = ((0.0, signal.SIGINT), (TERMINATE_S, signal.SIGTERM), (TERMINATE_S + KILL_S, signal.SIGKILL))
 # Exit codes of a node that was asked to end: by itself, or by the signal.
 CLEAN_EXITS = {0, *(code for s in (signal.SIGINT, signal.SIGTERM) for code in (-s, 128 + s))}
 # Ask the bring-up itself to end.

@@ -13,6 +13,7 @@ from launch.event_handlers import OnProcessExit
 from launch.substitutions import EnvironmentVariable, LaunchConfiguration
 from launch_ros.actions import Node
 
+from a2c2_ros.bringup import KILL_S, TERMINATE_S
 from a2c2_ros.launching import CLOSED, SYSTEMS, parse_arguments
 
 
@@ -45,8 +46,8 @@ def describe(name: str) -> LaunchDescription:
                 parameters=[*map(str, process.parameter_files), process.parameters],
                 output="screen",
                 emulate_tty=True,
-                sigterm_timeout="10",
-                sigkill_timeout="10",
+                sigterm_timeout=f"{TERMINATE_S:g}",
+                sigkill_timeout=f"{KILL_S:g}",
             )
             actions += [RegisterEventHandler(OnProcessExit(target_action=node, on_exit=on_exit)), node]
         return actions

@@ -76,6 +76,14 @@ def test_a_node_that_ignores_everything_is_killed_and_counts_as_failed(tmp_path,
     assert "SIGKILL" in capfd.readouterr().err
 
 
+def test_the_recorder_can_finish_its_bag_on_a_slow_disk():
+    pytest.importorskip("rclpy")
+    from a2c2_ros.nodes.episode_recorder import CLOSE_TIMEOUT_S
+
+    (_, interrupt), (second_s, _), (kill_s, _) = bringup.ESCALATION
+    assert interrupt == signal.SIGINT and CLOSE_TIMEOUT_S + 5.0 < second_s < kill_s
+
+
 def test_what_a_node_left_behind_is_ended(tmp_path):
     assert supervise(tmp_path, sim="parent", monitor="exit 0") == 0
     child = Path("/proc") / (tmp_path / "sim.child").read_text()
