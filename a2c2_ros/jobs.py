@@ -1,12 +1,46 @@
-"""Independent commands side by side, each in a process of its own."""
+"""Commands in processes of their own, one or side by side, that never outlive this one."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 POLL_S = 0.5
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """For ``preexec_fn``: the child gets SIGTERM when its parent ends, even if that was killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run_job(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+    """Run a command to its end; on an exception it is ended first, with the time that it needs.
+
+    Args:
+        command: Command line.
+        environment: Of the command; None: this one.
+
+    Returns:
+        Its exit code.
+    """
+    process = _start(command, env=environment)
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+def _start(command: Sequence[str], **options: Any) -> subprocess.Popen:
+    # A group of its own: Ctrl-C reaches only this process, which then ends the child.
+    return subprocess.Popen(command, process_group=0, preexec_fn=end_with_parent, **options)
 
 
 def run_jobs(
@@ -30,7 +64,7 @@ def run_jobs(
             while waiting and len(running) < workers:
                 name = waiting.pop(0)
                 with (log_folder / f"{name}.log").open("a") as log:
-                    running[name] = subprocess.Popen(jobs[name], env=environment, stdout=log, stderr=log)
+                    running[name] = _start(jobs[name], env=environment, stdout=log, stderr=log)
             time.sleep(POLL_S)
             for name, process in list(running.items()):
                 if process.poll() is not None:

@@ -3,7 +3,6 @@
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -211,7 +210,7 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
         step = next(step for step in steps if step.command[1:] == tuple(command[3:]))
         ran.append(name := step.name)
         if name == "swap" and ran.count("swap") == 1:
-            return SimpleNamespace(returncode=1)
+            return 1
         step.product.parent.mkdir(parents=True, exist_ok=True)
         step.product.write_text(json.dumps(content.get(name, {})))
         if name == "train_1":
@@ -220,9 +219,9 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
             numbers = dict.fromkeys(("frames", "seconds_recorded", "seconds", "times_real_time"), 1)
             bags = [{"parity": {"compared": 9, "differing": []}}]
             (step.product.parents[1] / "from_bag.json").write_text(json.dumps(numbers | {"bags": bags}))
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(retrain, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(retrain, "run_job", run)
     assert retrain.main(argv) == 1 and ran[-1] == "swap"
     assert retrain.main(argv) == 0 and ran.count("before") == 1
     assert ran[-3:] == ["swap", "static_before", "static_after"]

@@ -1,6 +1,10 @@
 """The plan of all trainings: order, commands, what is done and what is not."""
 
+import json
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,13 +83,13 @@ def test_what_exists_is_kept_and_a_failure_ends_the_run(plan_file, monkeypatch, 
         product = products[module]
         ran.append(product)
         if product and product.parent.name in failing:
-            return subprocess.CompletedProcess(command, 3)
+            return 3
         if product:
             product.parent.mkdir(parents=True, exist_ok=True)
             product.touch()
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(libero.subprocess, "run", run)
+    monkeypatch.setattr(libero, "run_job", run)
     arguments = ["--plan", str(plan_file()), "--workers", "2"]
     assert libero.main(arguments) == 3
     assert ran == [Path("data/demos/meta/info.json"), Path("models/base/training.json"), None, products_of("other")]
@@ -158,3 +162,48 @@ def test_demonstrations_of_another_seed_are_not_continued(tmp_path, capsys):
     assert demonstrations.main(["--out", str(tmp_path / "demos"), "--tasks", "0", "--seed", "4"]) == 2
     assert "seed: there 3, here 4" in capsys.readouterr().err
     assert [path.name for path in parts.iterdir()] == ["settings.json"]
+
+
+MAIN = """
+import importlib, sys
+module, sys.executable, *arguments = sys.argv[1:]
+importlib.import_module(f"a2c2_ros.training.{module}").main(arguments)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("module", ["demonstrations", "on_policy", "retrain"])
+def test_jobs_end_with_their_command(tmp_path, module, number):
+    """A restarted command would meet them at the same files."""
+    job = tmp_path / "job"
+    job.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/new\nmv {tmp_path}/new {tmp_path}/pid\nexec sleep 60\n")
+    job.chmod(0o755)
+    (tmp_path / "config.json").write_text(json.dumps({"policy_id": "p", "horizon": 50}))
+    for name in ("head.onnx", "head.safetensors"):
+        (tmp_path / name).touch()
+    arguments = [f"--out={tmp_path}/out", "--tasks=0"]
+    arguments += {"on_policy": [f"--policy={tmp_path}"], "retrain": [f"--policy={tmp_path}", f"--head={tmp_path}"]}.get(
+        module, []
+    )
+    command = [sys.executable, "-c", MAIN, module, str(job), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: (tmp_path / "pid").exists() or process.poll() is not None)
+        assert process.poll() is None, process.stderr.read()
+        process.send_signal(number)
+        assert process.wait(60) != 0
+    child = Path("/proc") / (tmp_path / "pid").read_text().strip() / "stat"
+
+    def over() -> bool:
+        try:
+            return child.read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    until(over)
+
+
+def until(condition) -> None:
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.robot import Robot
 from a2c2_ros.core.state import state_vector
@@ -270,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.block:
             run_block(args.out, *args.block, args.seed)
             return 0
+        interrupt_on_termination()
         tasks = conventions.parse_tasks(args.tasks)
         if args.episodes_per_task < 1:
             raise ConfigError(f"--episodes-per-task is {args.episodes_per_task}, allowed is 1 or more")

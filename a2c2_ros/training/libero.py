@@ -7,7 +7,6 @@ import argparse
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from typing import Any
 
 import yaml
 
+from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.jobs import run_job
 from a2c2_ros.paths import share_directory
 
 PLAN_FILE = "libero_training.yaml"
@@ -173,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except A2C2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    interrupt_on_termination()
     for step in steps(plan, args.workers):
         if args.only and not any(fnmatchcase(step.name, pattern) for pattern in args.only):
             continue
@@ -180,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", f"a2c2_ros.{step.command[0]}", *step.command[1:]]
         if args.list or not done:
             print(f"{'done   ' if done else ''}{step.name}: {shlex.join(command[1:])}", flush=True)
-        if not args.list and not done and (code := subprocess.run(command).returncode):
+        if not args.list and not done and (code := run_job(command)):
             print(f"error: {step.name} ended with {code}; the same command continues", file=sys.stderr)
             return code
         if not args.list:

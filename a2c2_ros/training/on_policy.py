@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from a2c2_ros import provenance
+from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import ControlStep, CorrectionLoop
 from a2c2_ros.core.errors import A2C2Error, ConfigError
@@ -217,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.block:
             run_block(args, *args.block)
             return 0
+        interrupt_on_termination()
         tasks = conventions.parse_tasks(args.tasks)
         if args.episodes_per_task < 1:
             raise ConfigError(f"--episodes-per-task is {args.episodes_per_task}, allowed is 1 or more")

@@ -23,12 +23,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from a2c2_ros import bringup, provenance
+from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.safety import State
 from a2c2_ros.evaluation.cells import DISTURBED, STATIC, SWAP, VARIANTS, outcomes, parse_variant
 from a2c2_ros.evaluation.statistics import difference
-from a2c2_ros.jobs import run_jobs
+from a2c2_ros.jobs import end_with_parent, run_job, run_jobs
 from a2c2_ros.paths import model_path
 from a2c2_ros.settings import check_settings
 from a2c2_ros.sim import conventions
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code of the step that failed, else 0."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
+    interrupt_on_termination()
     try:
         tasks = conventions.parse_tasks(args.tasks)
         if args.only == "record":
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = step.product.exists()
             command = [sys.executable, "-m", f"a2c2_ros.{step.command[0]}", *step.command[1:]]
             print(f"{'done   ' if done else ''}{step.name}: {shlex.join(command[1:])}", flush=True)
-            if not args.list and not done and (code := subprocess.run(command).returncode):
+            if not args.list and not done and (code := run_job(command)):
                 print(f"error: {step.name} ended with {code}; the same command continues", file=sys.stderr)
                 return code
         if not args.list:
@@ -313,7 +315,7 @@ def swap(args: argparse.Namespace, task: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with (folder / "bringup.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=end_with_parent)
     deadline_s = time.monotonic() + SWAP_TIMEOUT_S
 
     def spin_until(condition: Callable[[], bool], what: str) -> None:

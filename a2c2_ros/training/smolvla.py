@@ -11,15 +11,16 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.robot import Robot
+from a2c2_ros.jobs import run_job
 from a2c2_ros.policies.lerobot_files import VLM_FOLDER
 from a2c2_ros.training.dataset import IMAGE_PREFIX, Demonstrations, load_demonstrations
 from a2c2_ros.training.record import write_record
@@ -91,9 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = [f"--config_path={last / 'train_config.json'}", "--resume=true", f"--steps={arguments.steps}"]
     started_s = time.time()
     command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", *options, *arguments.trainer]
-    result = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
-    if result.returncode:
-        sys.exit(f"lerobot-train ended with {result.returncode}")
+    interrupt_on_termination()
+    if code := run_job(command, os.environ | {"HF_HUB_OFFLINE": "1"}):
+        sys.exit(f"lerobot-train ended with {code}")
     collect(last, out)
     record: dict[str, object] = {
         "size": arguments.size,
