@@ -166,6 +166,7 @@ LIBERO_SIM_ARGUMENTS = (
         "takeover_after_steps", -1, "Then the scripted expert commands, as a person would; -1: never", -1, 100_000
     ),
     Argument("head", "", f"ONNX head, as correction.model_path; empty: that of the parameter file; {OR_NONE}"),
+    Argument("head_device", "cpu", "Where the head runs, as correction.device", texts=("cpu", "cuda")),
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
     Argument("lockstep", True, "The simulation waits for every command; false: it runs on the clock"),
     Argument("headless", True, "No window with the cameras"),
@@ -208,6 +209,7 @@ REAL_ROBOT_ARGUMENTS = (
     Argument("seed", 0, "Seed of the policy's noise, the delay's jitter and the mock", 0, 2**31 - 1),
     *(_of_planner(name, REAL_ROBOT_DEFAULTS.get(name)) for name in OF_PLANNER),
     Argument("head", "reach/mlp_reach/head.onnx", f"ONNX head, as correction.model_path; {OR_NONE}"),
+    Argument("head_device", "cpu", "Where the head runs, as correction.device", texts=("cpu", "cuda")),
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
     Argument("control_rate_hz", 0.0, "Control steps per second [Hz]; 0: as the profile says, else 20", 0.0, 1000.0),
     Argument("headless", True, "No window with the cameras"),
@@ -284,7 +286,11 @@ def kinetix_sim(arguments: Mapping[str, Value]) -> System:
     robot = {"robot": str(models / "robot.yaml")}
     shared = robot | lockstep | {"control_rate_hz": load_profile(robot["robot"]).control_rate_hz}
     policy = {"policy": "flow", "policy_path": str(models / f"flow_{level.stem}"), "policy_config": ""}
-    values |= policy | {"policy_device": "cpu", "head": str(models / f"mlp_{level.stem}" / "head.onnx")}
+    values |= policy | {
+        "policy_device": "cpu",
+        "head_device": "cpu",
+        "head": str(models / f"mlp_{level.stem}" / "head.onnx"),
+    }
     processes = [
         _process(
             "kinetix_sim",
@@ -316,7 +322,7 @@ def _correction(values: Mapping[str, Value]) -> dict[str, Value]:
     if head == NO_HEAD and values["correction"]:
         raise ConfigError(f"head is {head!r} and correction is true, allowed is a head or correction:=false")
     path = {"correction.model_path": "" if head == NO_HEAD else head} if head else {}
-    return {"correction.enabled": values["correction"]} | path
+    return {"correction.enabled": values["correction"], "correction.device": values["head_device"]} | path
 
 
 def _process(name: str, parameters: dict[str, Value]) -> Process:

@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxruntime")
 
 from test_flow import CONFIG
@@ -106,12 +107,24 @@ def test_export_refuses_to_replace_and_to_differ(exported, tmp_path, monkeypatch
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("available", [False, True])
+def test_a_device_that_is_not_there_is_no_silent_fallback(exported, monkeypatch, available):
+    """Nor if ONNX Runtime was built for it but cannot use it: it would take the CPU."""
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if available else ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    with pytest.raises(ConfigError, match="cannot be used here" if available else "GPU=1"):
+        OnnxHead(exported[0], device="cuda")
+
+
 def test_missing_damaged_and_foreign_files_are_refused(exported, tmp_path):
     path, _, manifest = exported
     with pytest.raises(ConfigError, match="not a file"):
         OnnxHead(tmp_path / "absent.onnx")
     with pytest.raises(ConfigError, match="threads"):
         OnnxHead(path, threads=0)
+    with pytest.raises(ConfigError, match="'tpu', allowed are .'cpu', 'cuda'"):
+        OnnxHead(path, device="tpu")
     bad = tmp_path / "bad.onnx"
     content = path.read_bytes()
     for damaged in (b"", b"not onnx", content[: len(content) // 2]):

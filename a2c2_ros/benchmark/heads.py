@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from tqdm import tqdm
 
@@ -23,7 +22,8 @@ from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.head import HeadInput
 from a2c2_ros.heads.base import Head, load_head, make_random_head, manifest_of
 from a2c2_ros.heads.export import export, torch_residual
-from a2c2_ros.heads.onnx_head import KEPT_PER_CAMERA, OnnxHead
+from a2c2_ros.heads.onnx_head import KEPT_PER_CAMERA, PROVIDERS, OnnxHead
+from a2c2_ros.heads.onnx_head import check_device as check_runtime
 from a2c2_ros.heads.quantise import effect, quantise
 from a2c2_ros.heads.samples import dataset_samples, random_samples
 from a2c2_ros.paths import model_path
@@ -56,7 +56,6 @@ RANDOM_HEADS = (
     ("transformer", 128, LIBERO),
 )
 """Architecture, image size [pixels] and robot."""
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 MIN_RUNS, WARM_UP_RUNS = 20, 3
 
 
@@ -176,14 +175,9 @@ def check_device(device: str) -> None:
     Raises:
         ConfigError: If one of them cannot.
     """
-    if device not in PROVIDERS:
-        raise ConfigError(f"device is {device!r}, allowed are {sorted(PROVIDERS)}")
-    available = onnxruntime.get_available_providers()
-    if PROVIDERS[device] not in available or (device == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(
-            f"device is {device!r}, but ONNX Runtime has {available} and torch "
-            f"{'has' if torch.cuda.is_available() else 'has no'} CUDA"
-        )
+    check_runtime(device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device!r}, but torch has no CUDA")
 
 
 def measure_ms(run: Callable[[int], object], seconds: float) -> dict[str, float | int]:
@@ -230,9 +224,7 @@ def markdown(table: Mapping[str, object]) -> str:
 def _onnx_rows(
     path: Path, samples: Sequence[HeadInput], threads: int, seconds: float, device: str
 ) -> list[dict[str, object]]:
-    whole, cut = (
-        OnnxHead(path, threads, threads, split=split, providers=[PROVIDERS[device]]) for split in (False, True)
-    )
+    whole, cut = (OnnxHead(path, threads, threads, split=split, device=device) for split in (False, True))
     ready = samples[:KEPT_PER_CAMERA]
     for sample in ready:
         for camera, image in sample.images.items():

@@ -183,6 +183,9 @@ class ControllerConfig(Parameters):
         "compact_libero_spatial/head.onnx",
         "ONNX head; a relative path is looked up in the package's models; swapped between two ticks",
     )
+    correction__device: str = parameter(
+        "cpu", "Where the head runs; cuda needs onnxruntime-gpu", choices=("cpu", "cuda"), dynamic=False
+    )
     correction__threads: int = parameter(1, "Threads of the head's runtime", low=1, high=64, dynamic=False)
     correction__deadline_s: float = parameter(
         0.0, "Longest time that the head may take [s]; 0: one control period; not used in lockstep", low=0.0, high=10.0

@@ -22,6 +22,8 @@ OUTPUT_NAME = "residual"
 KEPT_PER_CAMERA = 4
 """Prepared images that are kept: the tick may still use the one before while newer ones arrive."""
 
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""Execution provider of ONNX Runtime by device."""
 ORT_ERRORS = (
     ort_errors.EngineError,
     ort_errors.EPFail,
@@ -88,6 +90,21 @@ def save_graph(model: onnx.ModelProto, manifest: HeadManifest, path: str | Path)
     onnx.save(model, path)
 
 
+def check_device(device: str) -> None:
+    """Check that ONNX Runtime has a device.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    if device not in PROVIDERS:
+        raise ConfigError(f"device is {device!r}, allowed are {sorted(PROVIDERS)}")
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS[device] not in available:
+        raise ConfigError(
+            f"device is {device!r}, but ONNX Runtime has {available} only; make setup GPU=1 installs onnxruntime-gpu"
+        )
+
+
 class _Prepared(NamedTuple):
     image: np.ndarray  # kept, so that no other image can get its identity
     language: bytes
@@ -122,7 +139,7 @@ class OnnxHead:
         encoder_threads: int = 1,
         *,
         split: bool = True,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        device: str = "cpu",
     ) -> None:
         """Load a head.
 
@@ -131,17 +148,21 @@ class OnnxHead:
             threads: CPU threads of the fusion, or of the whole graph if it is not cut.
             encoder_threads: CPU threads of one camera's encoder.
             split: False keeps one graph, so that nothing is prepared.
-            providers: ONNX Runtime's execution providers, the preferred one first.
+            device: A key of ``PROVIDERS``.
 
         Raises:
-            ConfigError: If the file is missing or a number of threads is not positive.
+            ConfigError: If the file is missing, a number of threads is not positive, or ONNX Runtime does not have the
+                device.
             ManifestError: If the file is damaged, has no manifest, or its graph is not what the manifest says.
         """
         for name, value in (("threads", threads), ("encoder_threads", encoder_threads)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}, allowed is 1 or more")
         self.path = Path(path)
-        self._providers = list(providers)
+        check_device(device)
+        if device == "cuda":
+            onnxruntime.preload_dlls()  # those of the wheels of CUDA, which no system path leads to
+        self._provider = PROVIDERS[device]
         model, self.sha256 = read_hashed(path)
         self.manifest = read_manifest(model, path)
         self._inputs = input_shapes(self.manifest)
@@ -284,6 +305,9 @@ class OnnxHead:
         # Waiting threads must not take the core from the camera and planner processes between two ticks.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=self._providers)
+            session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[self._provider])
         except (*ORT_ERRORS, UnicodeDecodeError) as error:  # the latter where a damaged name is in the message
             raise ManifestError(f"{self.path} cannot be loaded as an ONNX graph: {error}") from error
+        if self._provider not in session.get_providers():  # it falls back without an error
+            raise ConfigError(f"{self._provider} cannot be used here: ONNX Runtime chose {session.get_providers()}")
+        return session

@@ -237,7 +237,7 @@ class CorrectionController(ManagedNode):
         name = config.correction__model_path
         if not name and not config.correction__enabled:
             return None
-        head = OnnxHead(model_path(name), config.correction__threads)
+        head = OnnxHead(model_path(name), config.correction__threads, device=config.correction__device)
         robot = self._profile.robot
         head.manifest.check_robot(
             self._profile.camera_shapes(), robot.state_names, robot.action_names, robot.action_space, config.period_ns
