@@ -474,8 +474,8 @@ def test_targets_are_met_missed_or_not_run(folder):
     assert found["a2c2 (40, 10)"][1] is True
     assert found["a2c2 above naive (40, 10)"] == ("+50.0 (p = 0.002, n = 20)", True)
     assert found["a2c2 above naive (50, 0)"] == ("not run", None)
-    assert found["recovery of a2c2 (plain recipe)"][0].startswith("1.00 [")
-    assert found["recovery of a2c2 (plain recipe)"][1] is True
+    assert found["recovery of a2c2 (shipped head)"][0].startswith("1.00 [")
+    assert found["recovery of a2c2 (shipped head)"][1] is True
     assert found["recovery of a2c2 (best head)"][1] is False
     assert found["a2c2 significantly below naive"] == ("at (10, 0); 2 of 3 cells were run", False)
     assert found["a2c2 on moving above naive (40, 10)"][1] is None

@@ -139,7 +139,7 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _compared(results: Results) -> list[tuple[str, Row | None]]:
-    """The rows that stand beside the paper's a2c2: the plain recipe, and the best head if it is another."""
+    """The rows that stand beside the paper's a2c2: the shipped head, and the best head if it is another."""
     head = results.grid.headline
     labels = list(dict.fromkeys([head.plain, head.best]))
     return [(label, results.grid.row(label)) for label in labels]
@@ -279,7 +279,7 @@ def targets(results: Results) -> list[tuple[str, str, str, bool | None]]:
     for label, row in _compared(results):
         add_gain(row, label, (40, 10))
         add_gain(row, label, (50, 0))
-    add_recovery(plain, f"{head.plain} (plain recipe)", 1.0)
+    add_recovery(plain, f"{head.plain} (shipped head)", 1.0)
     add_recovery(best, f"{head.best} (best head)", 1.3)
     for label, row in _compared(results):
         pairs = (row.pairs or grid.pairs) if row else ()
