@@ -579,6 +579,13 @@ def test_run_of_other_settings_is_not_continued(on_policy, tmp_path, capsys):
     on_policy.check_settings(path, {"e": 40, "head_sha256": None})
     with pytest.raises(ConfigError, match="e: there 40, here 10"):
         on_policy.check_settings(path, {"e": 10, "head_sha256": None})
+    written = path.stat().st_mtime_ns, path.stat().st_ino
+    on_policy.check_settings(path, {"e": 40})
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == written and list(tmp_path.iterdir()) == [path]
+    damaged = tmp_path / "damaged.json"
+    damaged.touch()
+    with pytest.raises(ConfigError, match=r"damaged\.json cannot be read"):
+        on_policy.check_settings(damaged, {"e": 40})
     assert on_policy.main(["--out", str(tmp_path), "--policy", "flow_libero_spatial"]) == 2
     assert "exists already" in capsys.readouterr().err
     too_late = ["--out", str(tmp_path / "x"), "--policy", "flow_libero_spatial", "--d", "20", "--e", "40"]
