@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -162,6 +164,51 @@ def test_demonstrations_of_another_seed_are_not_continued(tmp_path, capsys):
     assert demonstrations.main(["--out", str(tmp_path / "demos"), "--tasks", "0", "--seed", "4"]) == 2
     assert "seed: there 3, here 4" in capsys.readouterr().err
     assert [path.name for path in parts.iterdir()] == ["settings.json"]
+
+
+@pytest.fixture
+def smolvla_training(tmp_path, monkeypatch):
+    """``main`` with these options; what is made by LeRobot and transformers is not."""
+    data = SimpleNamespace(
+        data_hash="hash", instructions=("open it",), episode=np.arange(2), split=lambda share: (np.arange(2), None)
+    )
+    monkeypatch.setattr(smolvla, "load_demonstrations", lambda path, cameras: data)
+    monkeypatch.setattr(smolvla, "save_vlm", lambda folder, size, words: folder.mkdir())
+    monkeypatch.setattr(smolvla, "run_job", lambda command, environment: 3)
+
+    def run(*options):
+        smolvla.main(["--data", "demos", "--out", str(tmp_path / "out"), *options])
+
+    return SimpleNamespace(run=run, data=data, vlm=tmp_path / "out" / "vlm")
+
+
+def test_a_smolvla_is_not_trained_on_with_other_settings(smolvla_training, tmp_path):
+    with pytest.raises(SystemExit, match="ended with 3"):
+        smolvla_training.run()
+    for name, value in (("size", "tiny"), ("batch-size", 8), ("learning-rate", 1.0), ("seed", 1), ("holdout", 0.5)):
+        with pytest.raises(ConfigError, match=f"{name.replace('-', '_')}: there .*, here .*{value}"):
+            smolvla_training.run(f"--{name}", str(value))
+    smolvla_training.data.data_hash = "other"
+    with pytest.raises(ConfigError, match="data_hash: there 'hash', here 'other'"):
+        smolvla_training.run()
+    smolvla_training.data.data_hash = "hash"
+    with pytest.raises(SystemExit, match="ended with 3"):
+        smolvla_training.run("--steps", "9")
+
+
+def test_a_vlm_that_was_not_written_to_its_end_is_written_again(smolvla_training, monkeypatch):
+    def killed(folder, size, words):
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(smolvla, "save_vlm", killed)
+        with pytest.raises(KeyboardInterrupt):
+            smolvla_training.run()
+    assert not smolvla_training.vlm.exists()
+    with pytest.raises(SystemExit):
+        smolvla_training.run()
+    assert smolvla_training.vlm.is_dir()
 
 
 MAIN = """

@@ -22,10 +22,13 @@ from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.robot import Robot
 from a2c2_ros.jobs import run_job
 from a2c2_ros.policies.lerobot_files import VLM_FOLDER
+from a2c2_ros.settings import check_settings
 from a2c2_ros.training.dataset import IMAGE_PREFIX, Demonstrations, load_demonstrations
 from a2c2_ros.training.record import write_record
 
 HORIZON = 50
+SETTINGS = ("size", "holdout", "batch_size", "learning_rate", "seed")
+"""What a training that goes on cannot change."""
 SIZES: dict[str, dict[str, Any]] = {
     # For tests of the plumbing: seconds.
     "tiny": {
@@ -82,9 +85,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     data = load_demonstrations(arguments.data, [])
     out: Path = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    identity = {name: getattr(arguments, name) for name in SETTINGS} | {"data_hash": data.data_hash}
+    check_settings(out / "settings.json", identity)
     words = {word for text in data.instructions for word in text.split()}
     if not (out / VLM_FOLDER).is_dir():
-        save_vlm(out / VLM_FOLDER, arguments.size, sorted(words))
+        partial = out / f"{VLM_FOLDER}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        save_vlm(partial, arguments.size, sorted(words))
+        partial.rename(out / VLM_FOLDER)
     run = out / "lerobot"
     last = run / "checkpoints" / "last" / "pretrained_model"
     options = trainer_options(arguments, data, out)
