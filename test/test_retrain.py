@@ -167,7 +167,7 @@ def test_a_wrong_value_is_refused_before_anything_runs(given, error, tmp_path, c
 
 @pytest.mark.parametrize(("number", "steps", "takeover"), [(1, 120, -1), (2, 160, 40)])
 def test_a_person_takes_over_in_the_rounds_that_say_so(number, steps, takeover, tmp_path, monkeypatch):
-    argv = ["--out", str(tmp_path), "--round", str(number)]
+    argv = ["--out", str(tmp_path), "--internal-round", str(number)]
     given = []
     monkeypatch.setattr(retrain.bringup, "main", lambda texts: given.extend(texts) or 1)
     monkeypatch.setenv("ROS_DOMAIN_ID", "7")
@@ -237,3 +237,21 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
     assert not result["with_old_data"] and "alone" in capsys.readouterr().out
     assert retrain.main([*argv, "--evaluations", "5"]) == 2
     assert "evaluations: there 4, here 5" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain, "policy_facts", lambda path: {"policy_id": "other-1"})
+        assert retrain.main(argv) == 2
+    assert "policy_id: there 'flow_libero_spatial-" in (error := capsys.readouterr().err) and "here 'other-1'" in error
+    Path("none/meta").mkdir(parents=True)
+    Path("none/meta/info.json").touch()
+    assert retrain.main(argv) == 2
+    assert "old_data: there 'none', here '" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--task", "--round", "--round=3", "--episode"])
+def test_an_option_that_is_almost_one_is_refused(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(retrain, "commands", lambda args, argv: [])
+    monkeypatch.setattr(retrain, "report", lambda args: None)
+    with pytest.raises(SystemExit, match="2"):
+        retrain.main([option, "3"])
+    assert f"unrecognized arguments: {option}" in capsys.readouterr().err

@@ -169,7 +169,7 @@ def load_demonstrations(root: str | Path, cameras: Sequence[str] | None = None) 
         for key in ("observation.state", "action", "action.executed", "observation.objects")
         if key in source.features
     }
-    data_hash = _hash_files(root)
+    data_hash = hash_files(root)
     return Demonstrations(
         frames={name: _decode(source, root, name, episode, data_hash) for name in cameras},
         state=column["observation.state"],
@@ -208,7 +208,8 @@ def _names(features: Mapping[str, Mapping], key: str, default: Sequence[str] = (
     return tuple(str(name) for name in names)
 
 
-def _hash_files(root: Path) -> str:
+def hash_files(root: Path) -> str:
+    """SHA-256 of all that a LeRobotDataset consists of, names and contents; its caches do not count."""
     digest = hashlib.sha256()
     for path in sorted(p for part in ("meta", "data", "videos") for p in (root / part).rglob("*") if p.is_file()):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

@@ -27,12 +27,13 @@ from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.safety import State
-from a2c2_ros.evaluation.cells import DISTURBED, STATIC, SWAP, VARIANTS, outcomes, parse_variant
+from a2c2_ros.evaluation.cells import DISTURBED, STATIC, SWAP, VARIANTS, outcomes, parse_variant, policy_facts
 from a2c2_ros.evaluation.statistics import difference
 from a2c2_ros.jobs import end_with_parent, run_job, run_jobs
 from a2c2_ros.paths import model_path
 from a2c2_ros.settings import check_settings
 from a2c2_ros.sim import conventions
+from a2c2_ros.training.dataset import hash_files
 from a2c2_ros.training.libero import Step, options
 
 FIRST_SEED = 1_000_000
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m a2c2_ros.training.retrain",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # --task would be taken for --tasks
     )
     p.add_argument("--out", type=Path, default=Path("runs/retrain"), help="folder of bags, data set, head, evaluations")
     p.add_argument("--result", type=Path, default=Path("results/retrain.json"), help="JSON file of the result")
@@ -81,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes or threads of each step")
     p.add_argument("--list", action="store_true", help="print the commands, and which are done")
     p.add_argument("--only", choices=("record", "swap"), help=argparse.SUPPRESS)
-    p.add_argument("--round", type=int, default=1, help=argparse.SUPPRESS)
-    p.add_argument("--task", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--internal-round", type=int, default=1, help=argparse.SUPPRESS)
+    p.add_argument("--internal-task", type=int, help=argparse.SUPPRESS)
     return p
 
 
@@ -94,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         tasks = conventions.parse_tasks(args.tasks)
         if args.only == "record":
-            record_task(args, args.task) if args.task is not None else record(args, argv, tasks)
+            task = args.internal_task
+            record_task(args, task) if task is not None else record(args, argv, tasks)
             return 0
         if args.only == "swap":
             swap(args, tasks[0])
@@ -109,7 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--episodes is {args.episodes}, allowed is 1 to {MAX_EPISODES}")
         if not args.list:
             args.out.mkdir(parents=True, exist_ok=True)
-            check_settings(args.out / SETTINGS_FILE, {name: getattr(args, name) for name in SETTINGS} | heads)
+            weights = heads | {"policy_id": policy_facts(args.policy)["policy_id"]}
+            data = {"old_data": hash_files(args.old) if has_data(args.old) else "none"}
+            settings = {name: getattr(args, name) for name in SETTINGS} | weights | data
+            check_settings(args.out / SETTINGS_FILE, settings)
         if not has_data(args.old):
             print(f"{args.old} has no data set: the head is trained on the new data alone")
         for step in commands(args, argv):
@@ -162,7 +168,7 @@ def commands(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[Step]:
         folder, head = round_folder(args, number), head_folder(args, number)
         bags = [run_folder(args, number, task) / "bag" for task in conventions.parse_tasks(args.tasks)]
         data = [*data, folder / "data"]
-        recording = (*argv, "--only", "record", "--round", number)
+        recording = (*argv, "--only", "record", "--internal-round", number)
         yield step(f"record_{number}", "training.retrain", folder / "recorded.json", *recording)
         info = folder / "data" / "meta" / "info.json"
         yield step(f"convert_{number}", "training.from_bag", info, *bags, out=folder / "data", label="expert")
@@ -245,15 +251,15 @@ def own_domain(task: int) -> str:
 
 def record_task(args: argparse.Namespace, task: int) -> None:
     """Record the episodes of a task by the real nodes."""
-    folder = run_folder(args, args.round, task)
+    folder = run_folder(args, args.internal_round, task)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     os.environ["ROS_DOMAIN_ID"] = own_domain(task)
     given = {"episodes": args.episodes, "record": "true", "expert": "true", "max_steps": args.record_steps}
-    if kinds_of(args)[args.round - 1] == TAKEOVER:
+    if kinds_of(args)[args.internal_round - 1] == TAKEOVER:
         after = args.takeover_after
         given |= {"takeover_after_steps": after, "max_steps": after + args.record_steps}
-    if code := bringup.main(arguments_of(args, args.round, task, partial, **given)):
+    if code := bringup.main(arguments_of(args, args.internal_round, task, partial, **given)):
         raise A2C2Error(f"the run of task {task} ended with {code}")
     partial.rename(folder)
 
@@ -264,19 +270,19 @@ def record(args: argparse.Namespace, argv: Sequence[str], tasks: Sequence[int]) 
     Raises:
         A2C2Error: If a run failed; those that are complete are kept.
     """
-    folder = round_folder(args, args.round)
+    folder = round_folder(args, args.internal_round)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "a2c2_ros.training.retrain", *argv]
-    missing = [task for task in tasks if not run_folder(args, args.round, task).exists()]
+    missing = [task for task in tasks if not run_folder(args, args.internal_round, task).exists()]
     with tqdm(total=len(tasks), initial=len(tasks) - len(missing), unit="task", desc="record") as bar:
 
         def show() -> None:
-            bar.update(sum(run_folder(args, args.round, task).exists() for task in tasks) - bar.n)
+            bar.update(sum(run_folder(args, args.internal_round, task).exists() for task in tasks) - bar.n)
 
-        jobs = {f"task{task:02d}": [*command, "--task", str(task)] for task in missing}
+        jobs = {f"task{task:02d}": [*command, "--internal-task", str(task)] for task in missing}
         if failed := run_jobs(jobs, args.workers, folder / "runs", show):
             raise A2C2Error(f"runs {failed} failed, see {folder / 'runs'}/*.log; the same command continues")
-    summaries = [run_folder(args, args.round, task) / "summary.json" for task in tasks]
+    summaries = [run_folder(args, args.internal_round, task) / "summary.json" for task in tasks]
     episodes = [e for path in summaries for e in json.loads(path.read_text(encoding="utf-8"))["per_episode"]]
     (folder / "recorded.json").write_text(json.dumps(episodes, indent=1) + "\n")
 
