@@ -3,6 +3,7 @@
 from launch import LaunchDescription
 from launch.actions import (
     DeclareLaunchArgument,
+    GroupAction,
     LogInfo,
     OpaqueFunction,
     RegisterEventHandler,
@@ -16,11 +17,14 @@ from launch_ros.actions import Node
 from a2c2_ros.bringup import KILL_S, TERMINATE_S
 from a2c2_ros.launching import CLOSED, SYSTEMS, parse_arguments
 
+SHUTDOWN = "shutdown_on_exit"
+
 
 def describe(name: str) -> LaunchDescription:
     """Arguments of the system's table, then its nodes, and what their exit means.
 
-    Other machines are shut out unless the environment says otherwise, as in ``a2c2_ros.bringup``.
+    Other machines are shut out unless the environment says otherwise, as in ``a2c2_ros.bringup``; that holds for these
+    nodes only, not for those of a launch file that includes this one.
 
     Args:
         name: Key of ``SYSTEMS``.
@@ -30,8 +34,11 @@ def describe(name: str) -> LaunchDescription:
     def start_nodes(context) -> list:
         given = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in table}
         system = build(parse_arguments(table, given))
+        ends_all = LaunchConfiguration(SHUTDOWN).perform(context) == "true"
 
         def on_exit(event, context) -> list:
+            if not ends_all:
+                return []
             if event.process_name.startswith(system.ends):
                 return [Shutdown(reason="the run is over")]
             return [Shutdown(reason=f"{event.process_name} failed")] if event.returncode else []
@@ -61,5 +68,13 @@ def describe(name: str) -> LaunchDescription:
         )
         for argument in table
     ]
+    declarations.append(
+        DeclareLaunchArgument(
+            SHUTDOWN,
+            default_value="true",
+            description="The end of the run, or of a node with an error, ends everything (false: for including it)",
+            choices=["true", "false"],
+        )
+    )
     closed = [SetEnvironmentVariable(n, EnvironmentVariable(n, default_value=v)) for n, v in CLOSED.items()]
-    return LaunchDescription([*declarations, *closed, OpaqueFunction(function=start_nodes)])
+    return LaunchDescription([*declarations, GroupAction([*closed, OpaqueFunction(function=start_nodes)])])

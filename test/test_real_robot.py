@@ -84,7 +84,10 @@ def test_the_launch_file_describes_the_same(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     described = module.generate_launch_description().get_launch_arguments()
-    assert [argument.name for argument in described] == [argument.name for argument in REAL_ROBOT_ARGUMENTS]
+    assert [argument.name for argument in described] == [
+        *(argument.name for argument in REAL_ROBOT_ARGUMENTS),
+        "shutdown_on_exit",
+    ]
 
 
 # --- the task without ROS --------------------------------------------------------------------------------------------
