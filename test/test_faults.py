@@ -1,13 +1,14 @@
 """The fault suite: its judge sees what is unsafe, a campaign against a broken loop finds it, the real loop passes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from a2c2_ros.core import controller
 from a2c2_ros.core.buffer import ChunkBuffer
-from a2c2_ros.core.config import Parameters
+from a2c2_ros.core.config import ControllerConfig, Parameters
 from a2c2_ros.core.controller import CorrectionLoop
 from a2c2_ros.core.gate import ChunkGate
 from a2c2_ros.core.governor import Governor
@@ -63,7 +64,8 @@ class Bench:
         self.sampled_ns = self.now_ns
         return self
 
-    def tick(self, command, state=State.BASE_ONLY, reason=Reason.NONE, **changes):
+    def tick(self, command, state=State.RUNNING, reason=Reason.NONE, **changes):
+        """One step; by default the head returns what makes the command of the chunk's action."""
         age_ns = changes.pop("age_ns", self.now_ns - self.sampled_ns)
         fields = dict(
             t_ns=self.now_ns,
@@ -76,9 +78,15 @@ class Bench:
             chunk_id=1,
             slot=self.n,
             base_action=np.array([0.5, 0.5]),
+            residual=np.nan_to_num(np.resize(command or 0.0, 2)) - 0.5,
         ) | changes
         self.judge.tick(Seen(**fields))
         self.n += 1
+        return self
+
+    def skip(self, ticks):
+        """Time goes on without a tick."""
+        self.n += ticks
         return self
 
     def person(self, *command):
@@ -112,14 +120,14 @@ def test_a_safe_sequence_passes_and_its_delays_are_measured():
         bench.tick(command, State.STOPPED, Reason.DISABLED)
     bench.judge.enable()
     bench.sample((0.4, 0.4)).tick((0.5, 0.5)).sample().tick((0.5, 0.45))
-    bench.judge.finish(9, {State.BASE_ONLY: 5, State.STOPPED: 4}, {Reason.NONE: 9}, 1)
+    bench.judge.finish(9, {State.RUNNING: 5, State.STOPPED: 4}, {Reason.NONE: 9}, 1)
     assert not bench.judge.violations
     assert [(d.ticks, d.ms, d.cause) for d in bench.judge.holds] == [(1, 50.0, "latched")]
     assert [d.ticks for d in bench.judge.recoveries] == [0]
 
 
 NAN = float("nan")
-STALE = "stale data moved the robot"
+STALE, ELSEWHERE = "stale data moved the robot", "elsewhere"
 UNSAFE = {
     "a command is NaN": ("finite", lambda b: b.move(0.0).tick((NAN, 0.0))),
     "a command is short": ("finite", lambda b: b.move(0.0).tick((0.0,))),
@@ -139,14 +147,40 @@ UNSAFE = {
     "joints that are not sound": (STALE, lambda b: b.move(0.0).sample(sound=False).tick((0.1, 0.1))),
     "sent too late": (STALE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), sent_ns=T0 + 4 * PERIOD_NS + 30_000_000)),
     "a chunk that nobody sent": (STALE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), chunk_id=7)),
+    "not base and residual": (ELSEWHERE, lambda b: b.move(0.0).sample().tick((0.05, 0.05), residual=np.zeros(2) - 0.4)),
+    "a residual in BASE_ONLY": (ELSEWHERE, lambda b: b.move(0.45).sample().tick((0.4, 0.4), State.BASE_ONLY)),
+    "farther than base and residual": (
+        ELSEWHERE,
+        lambda b: b.move(0.0).sample().tick((0.1, 0.1), residual=np.array([-0.45, -0.45])),
+    ),
+    "away from base and residual": (
+        ELSEWHERE,
+        lambda b: b.move(0.0).sample().tick((-0.1, -0.1), residual=np.zeros(2)),
+    ),
+    "short of base and residual without a limit": (
+        ELSEWHERE,
+        lambda b: b.move(0.0).sample().tick((0.05, 0.05), residual=np.zeros(2)),
+    ),
+    "a residual beyond its limit": (
+        ELSEWHERE,
+        lambda b: b.move(-0.9).sample().tick((-1.0, -1.0), residual=np.full(2, -4.1)),
+    ),
+    "a residual that is NaN": (ELSEWHERE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), residual=np.full(2, NAN))),
     "a wrong slot": (STALE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), slot=3)),
-    "an action of no slot": (STALE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), base_action=np.zeros(2))),
+    "an action of no slot": (
+        STALE,
+        lambda b: b.move(0.0).sample().tick((0.1, 0.1), base_action=np.zeros(2), residual=np.full(2, 0.1)),
+    ),
     "the clock went back": (STALE, lambda b: b.move(0.0, 0.1).sample().tick((0.1, 0.1), t_ns=T0)),
     "no hold": (
         "hold bound",
         lambda b: b.move(0.0, 0.1).sample().tick((0.15, 0.15), State.HOLDING).tick((0.2, 0.2), State.HOLDING),
     ),
     "a hold that is left": ("hold bound", lambda b: b.move(0.0, 0.1).hold(0.1, 0.1, 0.0, 0.1)),
+    "no wait after stale data": (
+        "rearming",
+        lambda b: b.move(0.0).skip(3).tick((0.0, 0.0), State.HOLDING, Reason.OBSERVATION_STALE).move(0.0),
+    ),
     "silence in a hold": ("hold bound", lambda b: b.move(0.0).tick(None, State.HOLDING)),
     "silence before the hold": (
         "hold bound",
@@ -169,11 +203,11 @@ UNSAFE = {
         lambda b: (b.move(0.0), b.judge.emergency_stop(True, b.now_ns), b.judge.enable(accepted=True)),
     ),
     "motion after a defect": ("latched", lambda b: (b.move(0.0), b.judge.defect(), b.move(0.1))),
-    "wrong ticks": ("counters", lambda b: b.move(0.0).judge.finish(2, {State.BASE_ONLY: 1}, {Reason.NONE: 1}, 1)),
-    "wrong states": ("counters", lambda b: b.move(0.0).judge.finish(1, {State.RUNNING: 1}, {Reason.NONE: 1}, 1)),
+    "wrong ticks": ("counters", lambda b: b.move(0.0).judge.finish(2, {State.RUNNING: 1}, {Reason.NONE: 1}, 1)),
+    "wrong states": ("counters", lambda b: b.move(0.0).judge.finish(1, {State.BASE_ONLY: 1}, {Reason.NONE: 1}, 1)),
     "a chunk not counted": (
         "counters",
-        lambda b: b.move(0.0).judge.finish(1, {State.BASE_ONLY: 1}, {Reason.NONE: 1}, 0),
+        lambda b: b.move(0.0).judge.finish(1, {State.RUNNING: 1}, {Reason.NONE: 1}, 0),
     ),
     "never moves again": ("no recovery", lambda b: b.move(0.0).hold(*[0.0] * 14)),
     "a command without a tick": ("record", lambda b: b.judge.report("record", "seen by the world")),
@@ -269,7 +303,23 @@ def adds_nan(self, step, *arguments, _correct=CorrectionLoop._correct):
     return verdict
 
 
+def other_action(change):
+    def correct(self, step, *arguments, _correct=CorrectionLoop._correct):
+        verdict = _correct(self, step, *arguments)
+        step.action = change(step)
+        return verdict
+
+    return replaced(CorrectionLoop, "_correct", correct)
+
+
 MUTATIONS = {
+    "the slot before": (other_action(lambda s: s.chunk.actions[max(0, s.slot - 1)] + s.residual), {ELSEWHERE}),
+    "minus the residual": (other_action(lambda step: step.base_action - 40 * step.residual), {ELSEWHERE}),
+    "any negative residual": (
+        replaced(controller, "np", SimpleNamespace(**(vars(np) | {"abs": lambda values: values}))),
+        {ELSEWHERE},
+    ),
+    "no wait after stale data": (replaced(ControllerConfig, "rearm_after_ns", 0), {"rearming"}),
     "no limits": (replaced(Limits, "apply", lambda self, action, previous: (action, LimitFlag.NONE)), {"step limit"}),
     "no range": (replaced(Limits, "clip", lambda self, action: np.float32(action)), {"position limit"}),
     "NaN actions": (replaced(CorrectionLoop, "_correct", adds_nan), {"finite"}),
@@ -348,6 +398,39 @@ def test_the_command_line(tmp_path, capsys):
     record = json.loads(out.read_text())
     assert record["totals"]["unsafe_commands"] == 0 and record["totals"]["faults_tried"] == 61
     assert record["campaign"]["events"] == 60 and record["invariants"] == INVARIANTS and not record["full"]
+
+
+def test_the_judge_of_nodes_is_told_what_was_sent_and_not_what_the_record_says(tmp_path):
+    pytest.importorskip("rclpy")
+    from a2c2_ros.msg import ControlStep
+    from sensor_msgs.msg import JointState
+
+    from a2c2_ros.faults.arm_scenarios import write_arm_profile
+    from a2c2_ros.faults.dds import RobotFile, System, World, free_domain
+    from a2c2_ros.nodes.conversions import to_time
+
+    robot = RobotFile.read(write_arm_profile(tmp_path / "arm.yaml", simulated=True), 50.0)
+    domain_id, held = free_domain(), [0.0] * 7
+    system = System(tmp_path, domain_id)
+    world = World(system, domain_id, robot)
+    try:
+        for i, sent in enumerate((held, held, None, held)):
+            stamp_ns = T0 + i * 20_000_000
+            step = ControlStep(state=State.HOLDING, reason=Reason.NO_CHUNK, command=held, slot=-1)
+            step.header.stamp = to_time(stamp_ns)
+            step.stream_names, step.stream_ages_s = ["joint_position"], [0.001]
+            world.judge.sample("joint_position", stamp_ns - 1_000_000, stamp_ns, True, np.zeros(7))
+            world._on_step(step, {"source_timestamp": stamp_ns + 2})  # it may come before its command
+            if sent is not None:
+                command = JointState(position=sent)
+                command.header.stamp = step.header.stamp
+                world._on_command(command, {"source_timestamp": stamp_ns + 1})
+        world.spin(0.0)
+        world._judge(T0 + 10**9)
+        assert [v.tick for v in world.judge.violations if v.invariant == "record"] == [2]
+        assert world.judge.ticks == 4 and 2 in world.judge.unsafe_ticks, "the robot fell silent in its hold"
+    finally:
+        world.close()
 
 
 @pytest.mark.timeout(150)

@@ -480,6 +480,7 @@ def _head_scenario(name: str, behaviour: str, does: str, reason: Reason) -> None
 
 _head_scenario("head returns NaN", "nan", "a head is loaded that returns NaN", Reason.HEAD_NOT_FINITE)
 _head_scenario("head returns too much", "huge", "a head is loaded that returns 50 rad", Reason.RESIDUAL_TOO_LARGE)
+_head_scenario("head returns too little", "low", "a head is loaded that returns -50 rad", Reason.RESIDUAL_TOO_LARGE)
 _head_scenario("head fails", "broken", "a head is loaded that ONNX Runtime cannot run", Reason.HEAD_FAILED)
 _head_scenario("head too slow", "slow", "a head is loaded that takes several periods", Reason.HEAD_LATE)
 

@@ -309,6 +309,7 @@ def _head_fault(name: str, fault: Callable[[np.ndarray], object]) -> None:
 _head_fault("returns NaN", lambda residual: residual * np.float32(np.nan))
 _head_fault("returns Inf", lambda residual: residual + np.float32(np.inf))
 _head_fault("returns too much", lambda residual: residual + np.float32(50.0))
+_head_fault("returns too little", lambda residual: residual - np.float32(50.0))
 _head_fault("returns a wrong shape", lambda residual: residual[:-1])
 _head_fault("fails", _raises(HeadError("out of memory")))
 

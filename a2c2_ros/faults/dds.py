@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +263,10 @@ class World:
         self.leaving = False  # the controller is told to end: commands come without a tick
         self._settled_s = settled_s
         self._newest_tick_ns = 0  # its place among the events
-        self._left_ns: dict[int, int] = {}  # when the command of a stamp left
+        # By stamp: commands without a tick so far, each with the time at which it left.
+        self._sent: dict[int, deque[tuple[int, np.ndarray]]] = {}
+        self._newest_sent_ns = 0  # when the newest command left
+        self._untold: deque[tuple[float, int, Seen]] = deque()  # ticks: when they arrived (steady) and when they left
         self._recorded: dict[int, list[np.ndarray]] = {}  # commands of the ticks by their time
         self._unrecorded: list[tuple[int, int, np.ndarray]] = []  # commands that came: when they left, stamp, values
         self.planner = "world"
@@ -309,6 +314,7 @@ class World:
         self._executor.spin_once(timeout_sec=timeout_s)
         while self._delayed and self._delayed[0][0] <= time.monotonic_ns():
             self.send_chunk(heapq.heappop(self._delayed)[2])
+        self._join_commands()
         self._judge(time.time_ns() - round(self._settled_s * 1e9))
 
     def spin_for(self, duration_s: float) -> None:
@@ -582,7 +588,8 @@ class World:
         self.commands.append(message)
         self._command = np.array(message.position)
         left_ns, stamp_ns = info["source_timestamp"], to_ns(message.header.stamp)
-        self._left_ns[stamp_ns] = left_ns
+        self._sent.setdefault(stamp_ns, deque()).append((left_ns, self._command))
+        self._newest_sent_ns = max(self._newest_sent_ns, left_ns)
         if not self.leaving:
             self._unrecorded.append((left_ns, stamp_ns, self._command))
 
@@ -594,18 +601,40 @@ class World:
             if not any(np.array_equal(command, values) for values in recorded):
                 self.judge.report("record", f"{command.tolist()} was sent for {stamp_ns}, recorded are {recorded}")
 
+    def _join_commands(self) -> None:
+        """Tell the judge of the ticks whose commands have come: what was sent, not what the record says was sent."""
+        while self._untold:
+            arrived_s, recorded_ns, step = self._untold[0]
+            sent = self._sent.get(step.t_ns)
+            # The command leaves before its record, but on another topic, and may arrive here after it.
+            overtaken = self._newest_sent_ns > recorded_ns or time.monotonic() - arrived_s > self._settled_s
+            if step.command is not None and not sent and not overtaken:
+                return
+            self._untold.popleft()
+            left_ns, command = sent.popleft() if sent else (step.t_ns, None)
+            if not sent:
+                self._sent.pop(step.t_ns, None)
+            # A tick that starts late uses what came until then.
+            at_ns = recorded_ns if self._simulated_time else max(step.t_ns, left_ns)
+            sent_ns = None if self._simulated_time or command is None else left_ns
+            happened = replace(step, command=command, wall_ns=at_ns, sent_ns=sent_ns)
+            self._at(at_ns, partial(self._tell_tick, step, happened))
+            self._newest_tick_ns = max(self._newest_tick_ns, at_ns)
+
+    def _tell_tick(self, recorded: Seen, happened: Seen) -> None:
+        if recorded.command is not None and happened.command is None:
+            self.judge.report("record", f"{recorded.command.tolist()} of {recorded.t_ns} is recorded, and was not sent")
+        self.judge.tick(happened)
+
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         self.diagnostics = {v.key: v.value for status in message.status for v in status.values}
 
     def _on_step(self, message: ControlStep, info: Mapping[str, Any]) -> None:
         recorded_ns, t_ns = info["source_timestamp"], to_ns(message.header.stamp)
-        # A tick that starts late uses what came until then.
-        left_ns = self._left_ns.get(t_ns, t_ns) if message.command else t_ns
-        at_ns = recorded_ns if self._simulated_time else max(t_ns, left_ns)
         ages = zip(message.stream_names, message.stream_ages_s)
         seen = Seen(
             t_ns=t_ns,
-            wall_ns=at_ns,
+            wall_ns=recorded_ns,
             state=State(message.state),
             reason=Reason(message.reason),
             command=np.array(message.command) if message.command else None,
@@ -614,14 +643,13 @@ class World:
             chunk_id=message.chunk_id,
             slot=message.slot,
             base_action=np.array(message.base_action),
-            sent_ns=None if self._simulated_time else self._left_ns.get(t_ns),
+            residual=np.array(message.residual),
         )
         self.steps.append(seen)
         self.raw.append(message)
         if seen.command is not None:
             self._recorded.setdefault(seen.t_ns, []).append(seen.command)
-        self._at(at_ns, lambda: self.judge.tick(seen))
-        self._newest_tick_ns = max(self._newest_tick_ns, at_ns)
+        self._untold.append((time.monotonic(), recorded_ns, seen))
         self._check_recorded(recorded_ns - 2 * self.robot.rules.period_ns)
 
 

@@ -11,7 +11,7 @@ from a2c2_ros.heads.onnx_head import OUTPUT_NAME, input_shapes, save_graph
 
 OPSET, IR_VERSION = 17, 8
 SLOW_SIZE, SLOW_PRODUCTS = 1000, 30  # square matrices that are multiplied: a quarter of a second on a core
-RESIDUALS = {"good": 0.01, "nan": np.nan, "huge": 50.0, "slow": 0.01, "broken": 0.01}
+RESIDUALS = {"good": 0.01, "nan": np.nan, "huge": 50.0, "low": -50.0, "slow": 0.01, "broken": 0.01}
 
 
 def write_head(path: Path, behaviour: str, manifest: HeadManifest) -> Path:
@@ -19,8 +19,8 @@ def write_head(path: Path, behaviour: str, manifest: HeadManifest) -> Path:
 
     Args:
         path: ONNX file.
-        behaviour: ``good`` returns a small residual, ``nan`` and ``huge`` what they say, ``slow`` takes long,
-            ``broken`` fails at every run but the first ones on zeros.
+        behaviour: ``good`` returns a small residual, ``nan`` and ``huge`` what they say, ``low`` a huge one below 0,
+            ``slow`` takes long, ``broken`` fails at every run but the first ones on zeros.
         manifest: Must name no cameras, latent or language.
 
     Returns:

@@ -8,7 +8,7 @@ convince the judge.
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,17 +18,20 @@ from a2c2_ros.core.safety import LATCHED, MOVING, Reason, State
 INVARIANTS = {
     "finite": "every command has one finite value per channel",
     "position limit": "every command is inside [lower, upper]",
+    "elsewhere": "the policy moves the robot to base action + residual: a command lies between the last one and there, "
+    "and is short of it only by a limit; the residual is within its own",
     "step limit": "a command differs from the one before by at most min(step, velocity * period)",
     "stale data moved the robot": "what moves the robot was computed from fresh, valid data and a slot in [0, H)",
     "hold bound": "from the first tick that shows a fault the commands reach the hold within ceil(max|d| / step) + 1 "
     "ticks and stay there",
     "recovery jump": "the first motion starts within a step of where the robot is",
+    "rearming": "after bad observations or a bad clock nothing moves before they were good for rearm_after_s",
     "latched": "after an emergency stop, a disable or a defect nothing moves until a person enables",
     "takeover": "a person's fresh command is followed within the limits; afterwards no chunk that was observed before "
     "is executed",
     "planners took turns": "a second planner does not move the robot while the first has a chunk",
     "no recovery": "with good data the robot moves again within the bound",
-    "record": "every command that was sent is in the record of its tick",
+    "record": "every command that was sent is in the record of its tick, and every command of the record was sent",
     "parameters": "a wrong value is refused",
     "counters": "states and chunk outcomes add up to the ticks and chunks",
 }
@@ -61,6 +64,7 @@ class Rules:
     max_chunk_age_ns: int = 5_000_000_000
     future_tolerance_ns: int = 50_000_000
     action_margin: float = 1.0
+    residual_limit: float = 4.0  # largest |residual| that may be executed, action units
     rearm_after_ns: int = 100_000_000
     stop_timeout_ns: int = 0
     takeover_timeout_ns: int = 200_000_000
@@ -100,6 +104,7 @@ class Seen:
     chunk_id: int
     slot: int
     base_action: np.ndarray
+    residual: np.ndarray  # what the head returned
     sent_ns: int | None = None  # time on the ROS clock at which the command left, if it is known
 
 
@@ -284,14 +289,18 @@ class Judge:
                 self._forget_data()
         self._last_t_ns = seen.t_ns
         self._watch_signal(seen.t_ns)
+        if self._latched_ns is None and self._drives(seen.t_ns):
+            self._commanded_ns = seen.t_ns
         problem = self._problem(seen.t_ns, clock)
         moving = seen.state in MOVING
+        self._watch_observations(seen, clock)
         if moving:
             self._check_latch(seen, clock)
             if seen.state == State.TAKEOVER:
                 self._check_person(seen)
             else:
                 self._check_data(seen)
+                self._check_action(seen)
         self._check_command(seen, moving)
         self._check_hold(seen, moving, problem)
         self._measure(seen, moving, problem if moving else self._problem(seen.t_ns, clock, BORDER_NS))
@@ -338,6 +347,8 @@ class Judge:
     def _forget_data(self) -> None:
         self._person: tuple[int, np.ndarray] | None = None  # stamp and command
         self._driven_ns = 0  # last tick of a takeover
+        self._commanded_ns = 0  # last tick at which a person commanded, perhaps in vain
+        self._unfit_ns: int | None = None  # last tick at which an observation or the clock was bad
         self._streams = {name: _Stream() for name in self.rules.max_ages_ns}
         self._forget_chunks()
 
@@ -360,6 +371,22 @@ class Judge:
         if t_ns - self._signal_ns > timeout_ns:
             self._latch()
 
+    def _watch_observations(self, seen: Seen, clock: str) -> None:
+        """Data that came back has to stay for a while; in silence before a chunk and in a latch nobody waits for it."""
+        bad = clock or self._stale_one(seen.t_ns, self.rules.max_ages_ns)
+        if bad and seen.state in (State.HOLDING, State.TAKEOVER):
+            self._unfit_ns = seen.t_ns
+        elif self._unfit_ns is not None and seen.t_ns - self._unfit_ns >= self.rules.rearm_after_ns:
+            self._unfit_ns = None
+
+    def _stale_one(self, t_ns: int, streams: Iterable[str], border_ns: int = 0) -> str:
+        """The first of the streams that has no fresh sample, empty if there is none."""
+        for stream in streams:
+            stamp_ns = self._newest(stream, t_ns)
+            if stamp_ns is None or t_ns - stamp_ns > self.rules.max_ages_ns[stream] - border_ns:
+                return stream
+        return ""
+
     def _valid(self, chunk: GivenChunk, now_ns: int) -> bool:
         rules, actions = self.rules, np.asarray(chunk.actions, np.float64)
         if chunk.chunk_id < 1 or chunk.step_ns != rules.period_ns or chunk.t_obs_ns < 0 or chunk.names != rules.names:
@@ -381,13 +408,12 @@ class Judge:
         if clock:
             return clock
         driven, name = self._drives(t_ns), self.rules.measured_stream
-        for stream, limit_ns in self.rules.max_ages_ns.items():
-            stamp_ns = self._newest(stream, t_ns)
-            if driven and stream != name:
-                continue
-            if stamp_ns is None or t_ns - stamp_ns > limit_ns - border_ns:
-                return f"{stream} is stale"
-        if not driven and not any(self._slot_error(chunk, t_ns) == "" for chunk in self._usable):
+        needed = self.rules.max_ages_ns if not driven else [name] if name else []
+        stale = self._stale_one(t_ns, needed, border_ns)
+        if stale:
+            return f"{stale} is stale"
+        known = [chunk for chunk in self._usable if chunk.t_obs_ns >= self._commanded_ns]
+        if not driven and not any(self._slot_error(chunk, t_ns) == "" for chunk in known):
             return "no chunk"
         if self.head_fails and not driven:
             return "head"
@@ -461,6 +487,9 @@ class Judge:
         late_ns = 0 if seen.sent_ns is None else max(0, seen.sent_ns - t_ns - rules.period_ns)
         if self._drives(t_ns):
             self._violation("takeover", f"{seen.state.name} while a person commands")
+        if self._unfit_ns is not None:
+            good_ms = (t_ns - self._unfit_ns) / 1e6
+            self._violation("rearming", f"{seen.state.name}, {good_ms:.1f} ms after observations or clock were bad")
         for name, limit_ns in rules.max_ages_ns.items():
             age_ns = seen.ages_ns.get(name)
             if age_ns is None:
@@ -495,6 +524,30 @@ class Judge:
         if not np.array_equal(np.asarray(chunk.actions[slot], np.float32), np.asarray(seen.base_action, np.float32)):
             return f"base action is not slot {slot} of chunk {chunk.chunk_id}"
         return ""
+
+    def _check_action(self, seen: Seen) -> None:
+        """The policy moves the robot: to where chunk and head say?"""
+        wanted = np.asarray(seen.base_action, np.float64)
+        if seen.state == State.RUNNING:
+            residual = np.asarray(seen.residual, np.float64)
+            if residual.shape != wanted.shape or not np.isfinite(residual).all():
+                self._violation("elsewhere", f"residual {residual.tolist()} was executed")
+                return
+            if np.abs(residual).max() > self.rules.residual_limit * (1 + RELATIVE):
+                self._violation("elsewhere", f"residual {residual.tolist()}, allowed is {self.rules.residual_limit:g}")
+            wanted = wanted + residual
+        command, reference = np.asarray(seen.command, np.float64), self._reference(seen)
+        if reference is None or command.shape != wanted.shape or wanted.shape != reference.shape:
+            return  # told elsewhere
+        wanted, command = (np.clip(values, self.rules.lower, self.rules.upper) for values in (wanted, command))
+        largest = self.rules.largest
+        slack = POSITION + RELATIVE * np.abs(wanted)
+        short = np.abs(command - wanted) > slack
+        beside = (command < np.minimum(reference, wanted) - slack) | (command > np.maximum(reference, wanted) + slack)
+        # A step is scaled as a whole: one channel at its limit makes all that have one fall short.
+        at_limit = (np.abs(command - reference) > largest * (1 - RELATIVE) - slack).any()
+        if (short & (beside | np.isinf(largest) | ~at_limit)).any():
+            self._violation("elsewhere", f"{command.tolist()} after {reference.tolist()}, wanted {wanted.tolist()}")
 
     # --- commands -----------------------------------------------------------------------------------------------
 

@@ -120,6 +120,7 @@ def _rules_of(config: ControllerConfig) -> dict[str, Any]:
         "max_chunk_age_ns": round(config.max_chunk_age_s * 1e9),
         "future_tolerance_ns": round(config.future_tolerance_s * 1e9),
         "action_margin": config.action_margin,
+        "residual_limit": config.residual_limit,
         "rearm_after_ns": round(config.rearm_after_s * 1e9),
         "stop_timeout_ns": round(config.emergency_stop_timeout_s * 1e9),
         "takeover_timeout_ns": round(config.takeover_timeout_s * 1e9),
@@ -170,7 +171,7 @@ class RigHead:
         self._rig = rig
 
     def correct(self, inputs: HeadInput) -> Any:
-        residual = np.full(inputs.base_action.shape, 0.01, np.float32)
+        residual = np.resize(np.float32([0.01, -0.01]), inputs.base_action.shape)
         self._rig.head_clock_ns += 1_000_000
         for fault in self._rig.head_faults:
             residual = fault(residual)
@@ -281,9 +282,9 @@ class Rig:
             self.steady_ns += self.period_ns
             self._command = command
             ages = observation.ages_ns(self.clock_ns)
-            empty = np.zeros(len(self.kind.names))
+            no = np.zeros(len(self.kind.names))
             self.judge.leave(
-                Seen(self.clock_ns, self.steady_ns, State.STOPPED, Reason.DISABLED, command, ages, 0, 0, -1, empty)
+                Seen(self.clock_ns, self.steady_ns, State.STOPPED, Reason.DISABLED, command, ages, 0, 0, -1, no, no)
             )
             self._move()
         self.judge.left()
@@ -529,6 +530,7 @@ class Rig:
                 chunk_id=step.chunk_id,
                 slot=step.slot,
                 base_action=step.base_action,
+                residual=step.residual,
                 sent_ns=t_tick_ns + step.head_ns,
             )
         )
