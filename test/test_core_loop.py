@@ -255,6 +255,7 @@ def test_executed_action_is_base_plus_residual_and_z_and_k_come_from_the_owner_o
     [
         ([np.nan, 0, 0], Reason.HEAD_NOT_FINITE),
         ([5, 0, 0], Reason.RESIDUAL_TOO_LARGE),
+        ([0, -5, 0], Reason.RESIDUAL_TOO_LARGE),
         ([0, 0], Reason.HEAD_NOT_FINITE),
     ],
 )

@@ -192,6 +192,15 @@ def test_a_lost_emergency_stop_signal_stops():
     assert arm.tick().state == State.BASE_ONLY
 
 
+def test_a_clock_that_goes_back_does_not_delay_the_notice_of_a_lost_emergency_stop_signal():
+    arm = Arm(emergency_stop_timeout_s=0.1)
+    arm.n = 100
+    arm.loop.emergency_stop(False, arm.now_ns)
+    arm.n = 0
+    states = [step.state for step in arm.ticks(4)]
+    assert states == [State.BASE_ONLY] * 3 + [State.STOPPED], "the time begins when the clock went back"
+
+
 def test_a_fault_holds_until_it_is_acknowledged():
     arm = Arm()
     arm.tick()
@@ -264,7 +273,9 @@ class Head:
     [
         (Head([np.nan, 0, 0]), Reason.HEAD_NOT_FINITE),
         (Head([0, np.inf, 0]), Reason.HEAD_NOT_FINITE),
+        (Head([0, -np.inf, 0]), Reason.HEAD_NOT_FINITE),
         (Head([9, 0, 0]), Reason.RESIDUAL_TOO_LARGE),
+        (Head([0, -9, 0]), Reason.RESIDUAL_TOO_LARGE),
         (Head(error=HeadError("out of memory")), Reason.HEAD_FAILED),
     ],
 )
@@ -327,3 +338,34 @@ def test_diagnostics_say_what_is_wrong():
     arm.loop.emergency_stop(True, arm.now_ns)
     health.add(arm.tick(), StepTiming(0, 0, 0, 0))
     assert report()["state"].level == Level.ERROR
+
+
+def state_line(arm):
+    health = LoopHealth(("camera", "joints"))
+    health.add(arm.tick(), StepTiming(0, 0, 0, 0))
+    return health.report(ControllerConfig(), 1.0, {}, {}, {})[-1]
+
+
+def test_diagnostics_call_what_only_a_person_ends_an_error_unless_a_person_began_it():
+    arm = Arm()
+    arm.loop.fault("division by zero")
+    assert (state_line(arm).level, state_line(arm).message) == (Level.ERROR, "FAULT: INTERNAL_ERROR")
+    arm = Arm(emergency_stop_timeout_s=0.1)
+    arm.ticks(3)
+    assert (state_line(arm).level, state_line(arm).message) == (Level.ERROR, "STOPPED: EMERGENCY_STOP_LOST")
+    arm = Arm()
+    arm.loop.disable()
+    assert state_line(arm).level == Level.OK
+
+
+@pytest.mark.parametrize(
+    ("head_ms", "limit_s", "message"),
+    [(24, 0.0, "ok"), (26, 0.0, "head is slow"), (26, 0.03, "ok"), (31, 0.03, "head is slow")],
+)
+def test_diagnostics_say_that_the_head_is_slow_by_the_parameter_or_half_a_period(head_ms, limit_s, message):
+    arm = Arm(head=Head())
+    arm.loop._monotonic_ns = iter([0, head_ms * 1_000_000]).__next__
+    health = LoopHealth(("camera", "joints"))
+    health.add(arm.tick(), StepTiming(0, 0, 0, 0))
+    config = ControllerConfig(diagnostics__head_time_s=limit_s)
+    assert health.report(config, 1.0, {}, {}, {})[0].message == message
