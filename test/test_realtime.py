@@ -12,6 +12,7 @@ rclpy = pytest.importorskip("rclpy")
 
 from rclpy.time import Time
 
+from a2c2_ros.benchmark.processes import fifo_threads
 from a2c2_ros.core.timing import TickGrid
 from a2c2_ros.nodes.realtime import LatestWorker, TickThread, become_realtime
 
@@ -170,6 +171,28 @@ def become_realtime_is_permitted() -> bool:
     thread.start()
     thread.join()
     return answers[0].startswith("SCHED_FIFO")
+
+
+def test_the_benchmark_counts_the_threads_with_priority():
+    if not become_realtime_is_permitted():
+        pytest.skip("no permission for SCHED_FIFO")
+    before, has_priority, may_end = fifo_threads(os.getpid()), threading.Event(), threading.Event()
+
+    def run():
+        become_realtime(1)
+        has_priority.set()
+        may_end.wait(WAIT_S)
+
+    threads = [threading.Thread(target=run), threading.Thread(target=may_end.wait)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert has_priority.wait(WAIT_S)
+        assert fifo_threads(os.getpid()) == before + 1
+    finally:
+        may_end.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_the_priority_can_be_given_back_without_privileges():
