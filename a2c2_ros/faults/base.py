@@ -11,9 +11,10 @@ from a2c2_ros.core.safety import LATCHED, MOVING, Reason, State
 from a2c2_ros.faults.monitor import Judge
 
 if TYPE_CHECKING:
-    from a2c2_ros.faults.dds import System, World
+    from a2c2_ros.faults.dds import Mark, System, World
 
 STALE = (Reason.OBSERVATION_STALE, Reason.OBSERVATION_MISSING)
+TICK_SHARE = 0.9  # of the ticks that are due, at least so many come
 FUTURE = (*STALE, Reason.OBSERVATION_FUTURE)
 
 
@@ -100,6 +101,7 @@ class NodeBench:
         """Everything so far is judged; what comes is the scenario's."""
         self.settle()
         self.begun_ns = None
+        self.world.tick_share = TICK_SHARE
 
     def fault_begins(self) -> None:
         """From now on the time until the hold is measured."""
@@ -123,7 +125,13 @@ class NodeBench:
 
     def keeps_moving(self, duration_s: float, share: float = 1.0) -> None:
         """The robot moves in at least this share of the ticks."""
-        steps = self.world.stays(duration_s, lambda s: True, "")
+        begin = self.world.mark()
+        self.world.spin_for(duration_s)
+        self.moved_since(begin, share)
+
+    def moved_since(self, begin: "Mark", share: float = 1.0) -> None:
+        """The robot moved in at least this share of the ticks since then, and nearly all that were due came."""
+        steps = self.world.since(begin)
         moving = sum(s.state in MOVING for s in steps) / len(steps)
         must(moving >= share, f"moving in {share:.0%} of the ticks, not in {moving:.0%}")
 

@@ -39,6 +39,7 @@ from std_srvs.srv import SetBool
 from a2c2_ros.bringup import DOMAINS
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.core.safety import Reason, State
+from a2c2_ros.faults.base import TICK_SHARE
 from a2c2_ros.faults.monitor import GivenChunk, Judge, Rules, Seen
 from a2c2_ros.faults.rig import Arm, ChunkOnItsWay
 from a2c2_ros.msg import ActionChunk, ControlStep
@@ -67,6 +68,14 @@ GRACE_NS = 300_000_000  # from a person's order to the tick that must obey, with
 
 class ExpectationError(A2C2Error, AssertionError):
     """A scenario did not go as it must."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment."""
+
+    time_ns: int  # of the system clock
+    due: float  # ticks that were due until then
 
 
 class System:
@@ -261,6 +270,10 @@ class World:
         self.arm = Arm(len(robot.joint_names), np.random.default_rng(0))
         self.arm_floats = False
         self.leaving = False  # the controller is told to end: commands come without a tick
+        self.tick_share = TICK_SHARE  # a scenario may lower it for itself
+        self._gap_since_ns: int | None = time.time_ns()  # no controller runs since
+        self._gaps_ns = 0  # all gaps that are over
+        self._clock_ns = 0  # how far the simulated clock has come, without the scenarios' jumps
         self._settled_s = settled_s
         self._newest_tick_ns = 0  # its place among the events
         # By stamp: commands without a tick so far, each with the time at which it left.
@@ -288,6 +301,7 @@ class World:
         self.node = rclpy.create_node("fault_world", context=self._context)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
+        self._settled = self.mark()
         self._connect()
 
     def plan(self, horizon: int, period_s: float, policy_id: str = "faults", sizes: tuple[int, int] = (0, 0)) -> None:
@@ -340,10 +354,14 @@ class World:
 
     def settle(self) -> None:
         """Let everything arrive, then judge it."""
-        end_s = time.monotonic() + self._settled_s
+        end_s, now = time.monotonic() + self._settled_s, self.mark()
         while time.monotonic() < end_s:
             self.spin()
         self._judge(time.time_ns())
+        came, due = len(self._between(self._settled, now)), now.due - self._settled.due
+        if came < self._enough(due):
+            self.judge.report("ticks", f"{came} ticks came, {due:.1f} were due")
+        self._settled = now
 
     # --- what is seen -------------------------------------------------------------------------------------------
 
@@ -359,14 +377,45 @@ class World:
         return found()
 
     def stays(self, duration_s: float, allowed: Callable[[Seen], bool], what: str) -> list[Seen]:
-        """Every step for some time must be so; at least one must come."""
-        since = len(self.steps)
+        """Every step for some time must be so, and nearly all that are due must come."""
+        begin = self.mark()
         self.spin_for(duration_s)
-        self.wait_for(lambda: len(self.steps) > since, "a step")
-        for step in self.steps[since:]:
+        steps = self.since(begin)
+        for step in steps:
             if not allowed(step):
                 raise ExpectationError(f"{what}, but a step was {describe(step)}")
-        return self.steps[since:]
+        return steps
+
+    def no_ticks(self, since_ns: int | None = None) -> None:
+        """No tick is due since then [ns], or from now on, until one comes: the controller does not run."""
+        self._gap_since_ns = time.time_ns() if since_ns is None else since_ns
+
+    def mark(self) -> Mark:
+        """Now, for :meth:`since`."""
+        now_ns = time.time_ns()
+        ran_ns = self._clock_ns
+        if not self._simulated_time:
+            ran_ns = (now_ns if self._gap_since_ns is None else self._gap_since_ns) - self._gaps_ns
+        return Mark(now_ns, ran_ns / self.robot.rules.period_ns)
+
+    def since(self, begin: Mark) -> list[Seen]:
+        """All steps since then.
+
+        Raises:
+            ExpectationError: If none or too few of those came that were due.
+        """
+        end = self.mark()
+        self.wait_for(lambda: bool(self.steps) and self.steps[-1].wall_ns > end.time_ns, "a step")
+        steps, due = self._between(begin, end), end.due - begin.due
+        if not steps or len(steps) < self._enough(due):
+            raise ExpectationError(f"{len(steps)} ticks came, {due:.1f} were due")
+        return steps
+
+    def _between(self, begin: Mark, end: Mark) -> list[Seen]:
+        return [step for step in self.steps if begin.time_ns < step.wall_ns <= end.time_ns]
+
+    def _enough(self, due: float) -> float:
+        return self.tick_share * due - 2  # at either end one may be on its way
 
     def stop(self, name: str) -> int:
         """End a process as an operator would, while the world goes on; returns its exit code.
@@ -478,6 +527,7 @@ class World:
     def _tick_clock(self) -> None:
         if not self.clock_stopped:
             self.sim_ns += SIM_STEP_NS
+            self._clock_ns += SIM_STEP_NS if self._gap_since_ns is None else 0
         self.publish_clock()
 
     def publish_clock(self) -> None:
@@ -645,6 +695,9 @@ class World:
             base_action=np.array(message.base_action),
             residual=np.array(message.residual),
         )
+        if self._gap_since_ns is not None and recorded_ns > self._gap_since_ns:
+            self._gaps_ns += recorded_ns - self._gap_since_ns
+            self._gap_since_ns = None
         self.steps.append(seen)
         self.raw.append(message)
         if seen.command is not None:
