@@ -67,7 +67,18 @@ def image_at(n):
     return np.full((SIZE, SIZE, 3), 2 * n + 20, np.uint8)
 
 
-def record(path, profile_file, head, *, ticks=100, skipped=(), drop=lambda topic, n: False, **changes):
+def record(
+    path,
+    profile_file,
+    head,
+    *,
+    ticks=100,
+    skipped=(),
+    drop=lambda topic, n: False,
+    planner=True,
+    person=range(50, 56),
+    **changes,
+):
     """Run the loop and write what a recorder gets of it.
 
     Args:
@@ -77,6 +88,8 @@ def record(path, profile_file, head, *, ticks=100, skipped=(), drop=lambda topic
         ticks: Control steps.
         skipped: Ticks that the loop misses.
         drop: Topic and tick to whether the message is not recorded.
+        planner: There are chunks.
+        person: Ticks in which a person commands.
         **changes: Of the chunks.
 
     Returns:
@@ -134,7 +147,7 @@ def record(path, profile_file, head, *, ticks=100, skipped=(), drop=lambda topic
         if n < 80:
             put("expert_action", expert, t_ns - 1, n)
         task = 0 if n < 40 else 1 if n < 70 else 2
-        if n % 10 == 0:
+        if planner and n % 10 == 0:
             chunk = ActionChunk(
                 **dict(
                     chunk_id=n + 1,
@@ -151,10 +164,10 @@ def record(path, profile_file, head, *, ticks=100, skipped=(), drop=lambda topic
             message = chunk_to_message(chunk, f"task {task}")
             loop.install(message_to_chunk(message), t_ns)
             put("action_chunk", message, t_ns - 1, n)
-        if 50 <= n < 56:
-            person = array_to_joint_state(np.full(7, 0.05), robot.action_names, t_ns - 5_000_000)
-            loop.take_over(np.array(person.position), t_ns - 5_000_000, t_ns)
-            put("takeover", person, t_ns - 1, n)
+        if n in person:
+            command = array_to_joint_state(np.full(7, 0.05), robot.action_names, t_ns - 5_000_000)
+            loop.take_over(np.array(command.position), t_ns - 5_000_000, t_ns)
+            put("takeover", command, t_ns - 1, n)
         if n == 20:
             config = dataclasses.replace(config, residual_limit=0.005)
             loop.configure(config, loop.head)

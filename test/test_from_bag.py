@@ -73,6 +73,21 @@ def test_a_data_set_has_what_the_loop_saw_and_did(run, tmp_path):
         build([path], tmp_path / "data", "expert", parity=True)
 
 
+def test_a_person_alone_gives_demonstrations(head, profile, tmp_path, capsys):
+    path, out = tmp_path / "bag", tmp_path / "data"
+    steps, _ = record(path, profile, head, planner=False, person=range(100), skipped=(20,))
+    report = build([path], out, "takeover", parity=True)
+    assert report["policy_id"] == "" and report["bags"][0]["parity"] == {"compared": 99, "differing": []}
+    assert "demonstrations for a base policy" in capsys.readouterr().out
+    data = load_demonstrations(out)
+    assert len(data) == len(steps) == 99
+    assert np.array_equal(data.action, np.array([step.command for step in steps], np.float32))
+    assert data.instructions == ("task 0", "task 1", "task 2")
+    assert len(np.unique(data.group)) == 3 and len(np.unique(data.episode)) == 4, "one was cut by the missed tick"
+    with pytest.raises(ConfigError, match="chunks"):
+        load_base(out, data, "any-policy")
+
+
 @pytest.mark.parametrize("wanted", from_bag.LABELS)
 def test_labels(run, tmp_path, wanted):
     path, steps, _ = run

@@ -562,10 +562,11 @@ def test_executed_chunks_of_episodes_are_joined_in_order(on_policy, tmp_path):
         }
         base["executed.chunk"][0] = base["executed.slot"][0] = -1 if number else 0
         paths.append(tmp_path / f"part{number}.npz")
-        np.savez(paths[-1], instruction="red", solved=bool(number), **base)
+        np.savez(paths[-1], instruction="red", solved=bool(number), action=np.zeros((steps, 3)), **base)
     out = tmp_path / "data"
     out.mkdir()
-    on_policy.save_executed(out, paths, {"policy_id": POLICY_ID, "e": 4})
+    on_policy.save_executed(out, paths, POLICY_ID)
+    on_policy.save_record(out, paths, {"policy_id": POLICY_ID, "e": 4})
     record = json.loads((out / "executed" / "record.json").read_text())
     assert record["solved"] == 1 and record["e"] == 4 and [e["steps"] for e in record["episodes"]] == [4, 3]
     base = load_base(out, demonstrations(lengths=(4, 3)), POLICY_ID)

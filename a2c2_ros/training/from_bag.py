@@ -11,6 +11,9 @@ Labels: ``executed``: the command, in successful episodes; ``takeover``: the per
 in episodes that nobody took over. A frame without a label is not in the data set. A data-set episode has no gaps: where
 a tick was missed, lost or has no label, the next one begins; ``executed/record.json`` says which belong to one run.
 
+Bags without any chunk, in which a person commands all the time, give demonstrations for a base policy
+(``train_policy --data``).
+
 A damaged bag gives what can be saved; ``from_bag.json`` in the data set says what was lost.
 """
 
@@ -63,7 +66,7 @@ from a2c2_ros.recording.reader import DamageReport, Message, read_bag, read_type
 from a2c2_ros.recording.topics import absolute
 from a2c2_ros.training.dataset import IMAGE_PREFIX
 from a2c2_ros.training.demonstrations import assemble, features_of
-from a2c2_ros.training.joining import save_executed, save_language
+from a2c2_ros.training.joining import save_executed, save_language, save_record
 
 LABELS = ("auto", "executed", "takeover", "expert")
 GAP_NS = 1_000_000_000
@@ -427,21 +430,23 @@ class Part:
         self.rows.append(-1 if frame.chunk is None else list(self.chunks).index(frame.chunk.t_obs_ns))
         self.slots.append(-1 if frame.chunk is None else frame.slot)
 
-    def save(self, path: Path, shapes: tuple[tuple[int, ...], int]) -> None:
+    def save(self, path: Path, example: ActionChunk | None) -> None:
         """Write it as ``training.demonstrations`` and ``training.on_policy`` write an episode.
 
         Args:
             path: File.
-            shapes: (H, A) of a chunk and size of a latent.
+            example: Has the sizes of all chunks; None: there is none.
         """
-        chunks = self.chunks.values()
-        actions, latents = [chunk.actions for chunk in chunks], [chunk.latent for chunk in chunks]
-        base = {
-            "executed.chunk": np.array(self.rows, dtype=np.int64),
-            "executed.slot": np.array(self.slots, dtype=np.int64),
-            "executed.actions": np.array(actions, dtype=np.float32).reshape(-1, *shapes[0]),
-            "executed.latents": np.array(latents, dtype=np.float32).reshape(-1, shapes[1]),
-        }
+        base = {}
+        if example is not None:
+            chunks = self.chunks.values()
+            actions, latents = [chunk.actions for chunk in chunks], [chunk.latent for chunk in chunks]
+            base = {
+                "executed.chunk": np.array(self.rows, dtype=np.int64),
+                "executed.slot": np.array(self.slots, dtype=np.int64),
+                "executed.actions": np.array(actions, dtype=np.float32).reshape(-1, *example.actions.shape),
+                "executed.latents": np.array(latents, dtype=np.float32).reshape(-1, example.latent.size),
+            }
         episode, instruction = self.key
         frames = {name: np.stack(values) for name, values in self.frames.items()}
         said = {"instruction": instruction, "solved": episode.outcome == "succeeded", "run": self.run}
@@ -604,11 +609,11 @@ def check_same(recordings: Sequence[Recording]) -> int:
         if wrong := [f"{name}: {mine!r} and {theirs!r}" for name, mine, theirs in rows if mine != theirs]:
             raise ConfigError(f"{recordings[0].path} and {other.path} are of different runs: " + "; ".join(wrong))
     for name in ("policy_id", "horizon"):
-        if not first[name] or " and " in first[name]:
-            raise ConfigError(f"{recordings[0].path}: {name} of the chunks is {first[name]!r}, allowed is one")
+        if " and " in first[name]:
+            raise ConfigError(f"{recordings[0].path}: {name} of the chunks is {first[name]!r}, allowed is one or none")
     fps, period_ns = round(first["control_rate_hz"]), recordings[0].period_ns
     steps = {chunk.step_ns for recording in recordings for chunk in recording.chunks.values()}
-    if round(1e9 / fps) != period_ns or steps != {period_ns}:
+    if round(1e9 / fps) != period_ns or not steps <= {period_ns}:
         raise ConfigError(
             f"{recordings[0].path}: the control period is {period_ns} ns, steps of the chunks are {sorted(steps)} ns, "
             "allowed is one period of a whole number of steps per second"
@@ -709,12 +714,12 @@ def build(bags: Sequence[Path], out: Path, wanted: str, parity: bool, robot: Pat
         recordings = [Recording(path, parts, robot) for path in bags]
         fps = check_same(recordings)
         identity, arm = recordings[0].identity, recordings[0].robot
-        chunk = next(iter(recordings[0].chunks.values()))
+        chunk = next(iter(recordings[0].chunks.values()), None)
         paths: list[Path] = []
 
         def save(part: Part) -> None:
             paths.append(parts / f"part{len(paths):06d}.npz")
-            part.save(paths[-1], (chunk.actions.shape, chunk.latent.size))
+            part.save(paths[-1], chunk)
 
         with ThreadPoolExecutor(1) as pool:  # the runtime of the head leaves the interpreter to the conversion
             again = [pool.submit(compare, recording, recording.heads()) if parity else None for recording in recordings]
@@ -730,7 +735,11 @@ def build(bags: Sequence[Path], out: Path, wanted: str, parity: bool, robot: Pat
             ]
         for bag in told:
             tell(bag)
-        save_executed(staging, paths, {"policy_id": identity["policy_id"], "label": wanted})
+        if chunk is None:
+            print("  no chunk was recorded: demonstrations for a base policy; a head needs a policy's chunks for them")
+        else:
+            save_executed(staging, paths, identity["policy_id"])
+        save_record(staging, paths, {"policy_id": identity["policy_id"], "label": wanted})
         if language := language_of(recordings):
             save_language(staging, identity["policy_id"], language)
         seconds = time.monotonic() - started_s

@@ -235,15 +235,13 @@ def concatenate_chunks(parts: Sequence[BaseChunks]) -> BaseChunks:
     return BaseChunks(**values)
 
 
-def save_executed(out: Path, parts: Sequence[Path], settings: Mapping[str, object]) -> None:
-    """Write the executed base chunks of these episode files, in their order, and the record of the run."""
+def save_executed(out: Path, parts: Sequence[Path], policy_id: str) -> None:
+    """Write the executed base chunks of these episode files, in their order."""
     values: dict[str, list[np.ndarray]] = {name: [] for name in ("chunk", "slot", "actions", "latents")}
-    episodes, chunks = [], 0
+    chunks = 0
     for path in parts:
         with np.load(path, allow_pickle=False) as part:
             base = {name: part[f"executed.{name}"] for name in values}
-            episode = {"part": path.stem, "steps": len(base["slot"]), "solved": bool(part["solved"])}
-            episodes.append(episode | ({"run": int(part["run"])} if "run" in part else {}))
         base["chunk"] = np.where(base["chunk"] < 0, -1, base["chunk"] + chunks)
         chunks += len(base["actions"])
         for name, array in base.items():
@@ -253,7 +251,16 @@ def save_executed(out: Path, parts: Sequence[Path], settings: Mapping[str, objec
     partial = folder / "base.partial"
     with partial.open("wb") as file:
         np.savez(file, **{name: np.concatenate(arrays) for name, arrays in values.items()})
-    partial.replace(folder / f"{settings['policy_id']}.npz")
+    partial.replace(folder / f"{policy_id}.npz")
+
+
+def save_record(out: Path, parts: Sequence[Path], settings: Mapping[str, object]) -> None:
+    """Write what these episode files are, in their order: the record of the run."""
+    episodes = []
+    for path in parts:
+        with np.load(path, allow_pickle=False) as part:
+            episode = {"part": path.stem, "steps": len(part["action"]), "solved": bool(part["solved"])}
+            episodes.append(episode | ({"run": int(part["run"])} if "run" in part else {}))
     record = {
         **settings,
         "solved": sum(episode["solved"] for episode in episodes),
@@ -261,6 +268,8 @@ def save_executed(out: Path, parts: Sequence[Path], settings: Mapping[str, objec
         "machine": provenance.machine(),
         "versions": provenance.versions(),
     }
+    folder = out / EXECUTED_FOLDER
+    folder.mkdir(exist_ok=True)
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -33,7 +33,7 @@ from a2c2_ros.settings import check_settings
 from a2c2_ros.sim import conventions
 from a2c2_ros.sim.expert import Labeller
 from a2c2_ros.training.demonstrations import BLOCK, FEATURES, assemble, part_path
-from a2c2_ros.training.joining import save_executed
+from a2c2_ros.training.joining import save_executed, save_record
 
 SEED_STREAM = 1_000_003
 """Keeps the seeds of the placements apart from those of the demonstrations."""
@@ -233,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         record(args, argv, tasks, wanted)
         staging = args.out.with_name(args.out.name + ".staging")
         assemble(staging, wanted)
-        save_executed(staging, wanted, settings)
+        save_executed(staging, wanted, settings["policy_id"])
+        save_record(staging, wanted, settings)
         staging.rename(args.out)
     except A2C2Error as error:
         print(f"error: {error}", file=sys.stderr)
