@@ -295,6 +295,7 @@ class World:
         self._moved_s = time.monotonic()
         self._simulated_time = simulated_time
         self._recent_chunks: list[GivenChunk] = []
+        self._planners: dict[tuple[int, int], str] = {}  # of the chunks, by number and observation
         self._parameter_clients: dict[str, AsyncParameterClient] = {}
         self._context = rclpy.Context()
         rclpy.init(context=self._context, domain_id=domain_id)
@@ -375,6 +376,10 @@ class World:
         wanted = f"{state.name} {'' if reason is None else reason.name}".strip()
         self.wait_for(lambda: found() is not None, wanted, timeout_s)
         return found()
+
+    def executed_planner(self) -> str:
+        """The planner whose chunk the newest step executes, empty if there is none."""
+        return self._planners.get((self.steps[-1].chunk_id, self.steps[-1].t_obs_ns), "")
 
     def stays(self, duration_s: float, allowed: Callable[[Seen], bool], what: str) -> list[Seen]:
         """Every step for some time must be so, and nearly all that are due must come."""
@@ -614,6 +619,7 @@ class World:
 
     def _give(self, chunk: ChunkOnItsWay, now_ns: int, at_ns: int) -> None:
         given = chunk.given()
+        self._planners[chunk.chunk_id, chunk.t_obs_ns] = chunk.planner
         self._recent_chunks = [*self._recent_chunks[-1:], given]
         self._at(at_ns, lambda: self.judge.chunk(given, now_ns))
 

@@ -37,15 +37,6 @@ class LiberoBench(NodeBench):
         """Start the controller's process."""
         self.system.start(CONTROLLER, CONTROLLER, {})
 
-    def executed_planner(self) -> str:
-        """The planner whose chunk the newest step executes."""
-        chunk_id, t_obs_ns = self.world.steps[-1].chunk_id, self.world.steps[-1].t_obs_ns
-        for message in reversed(self.world.chunks_heard):
-            stamp = message.header.stamp
-            if message.chunk_id == chunk_id and stamp.sec * 10**9 + stamp.nanosec == t_obs_ns:
-                return message.planner_id
-        return ""
-
 
 @group("libero")
 def _libero(folder: Path) -> Iterator[LiberoBench]:
@@ -139,12 +130,12 @@ def _planner_stopped(bench: LiberoBench) -> None:
     "HOLDING CHUNK_EXPIRED, then moving with the new planner's chunks",
 )
 def _planner_killed(bench: LiberoBench) -> None:
-    world, before = bench.world, bench.executed_planner()
+    world, before = bench.world, bench.world.executed_planner()
     world.system.kill(PLANNER)
     world.wait_state(State.HOLDING, Reason.CHUNK_EXPIRED)
     bench.start_planner()
     world.wait_for(lambda: world.steps[-1].state in MOVING, "motion", 90.0)
-    must(bench.executed_planner() not in ("", before), "the chunk is of the new planner")
+    must(world.executed_planner() not in ("", before), "the chunk is of the new planner")
 
 
 @scenario(
@@ -154,7 +145,7 @@ def _planner_killed(bench: LiberoBench) -> None:
     "the second's chunks are refused while the first has one; then they are used",
 )
 def _two_planners(bench: LiberoBench) -> None:
-    world, first = bench.world, bench.executed_planner()
+    world, first = bench.world, bench.world.executed_planner()
     bench.start_planner(SECOND_PLANNER)
     world.wait_for(lambda: world.chunks_heard[-1].planner_id != first, "a chunk of the second planner", 90.0)
     world.wait_log(CONTROLLER, "two planners")
@@ -163,7 +154,7 @@ def _two_planners(bench: LiberoBench) -> None:
     foreign = [s for s in steps if (s.chunk_id, s.t_obs_ns % 10**9) not in heard]
     must(not foreign, f"{len(foreign)} of {len(steps)} ticks executed the second planner's chunks")
     world.system.kill(PLANNER)
-    world.wait_for(lambda: bench.executed_planner() not in ("", first), "a chunk of the second planner is executed")
+    world.wait_for(lambda: world.executed_planner() not in ("", first), "a chunk of the second planner is executed")
     world.system.kill(SECOND_PLANNER)
     bench.start_planner()
     world.wait_state(State.HOLDING, Reason.CHUNK_EXPIRED, 90.0)
