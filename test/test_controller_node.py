@@ -138,7 +138,7 @@ class Loading:
             correction_controller, "model_path", lambda name: name if name.startswith("head") else model_path(name)
         )
 
-    def _load(self, path, threads):
+    def _load(self, path, threads, device):
         self.loaded.append(path)
         assert self.may_end.wait(WAIT_S)
         manifest = SimpleNamespace(check_robot=lambda *_: None, to_json=lambda: "{}")

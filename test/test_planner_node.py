@@ -173,6 +173,25 @@ def test_what_the_policy_cannot_do_is_refused_while_it_runs(monkeypatch, paramet
         assert bench.node.set_parameters([Parameter("inference_delay", value=8)])[0].successful
 
 
+def test_another_policy_takes_a_new_configuration(monkeypatch):
+    with planner(monkeypatch) as bench:
+        wanted = [Parameter("policy_path", value="another"), Parameter("control_rate_hz", value=10.0)]
+        for parameter in wanted:
+            result = bench.node.set_parameters([parameter])[0]
+            assert not result.successful and parameter.name in result.reason
+        bench.node.trigger_deactivate()
+        bench.node.trigger_cleanup()
+        assert all(result.successful for result in bench.node.set_parameters(wanted))
+        loaded = []
+        monkeypatch.setattr(
+            chunk_planner, "load_policy_for", lambda profile, kind, path, *_, **__: loaded.append(path) or bench.policy
+        )
+        monkeypatch.setattr(type(PROFILE), "check_rate", lambda *_: None)
+        bench.policy.may_end.release()
+        assert bench.node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+        assert loaded == ["another"]
+
+
 @pytest.mark.parametrize(
     ("told", "match"),
     [

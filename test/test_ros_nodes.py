@@ -33,7 +33,7 @@ def test_planner_parameters_over_the_services(bench):
         ("execution_horizon", 46, ("H=50", "e=46", "d=5", "e + d <= H")),
         ("execution_horizon", 0, ("execution_horizon", "0")),
         ("execution_horizon", "ten", ("execution_horizon", "'ten'", "int")),
-        ("policy_path", "elsewhere", ("policy_path", "read-only")),
+        ("policy_path", "elsewhere", ("policy_path", "cannot change while the node runs")),
     ):
         accepted, reason = bench.set_parameter("chunk_planner", name, value)
         assert not accepted

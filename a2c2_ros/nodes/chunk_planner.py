@@ -54,7 +54,9 @@ class ChunkPlanner(ManagedNode):
         self._log = EdgeLog(self)
         self._policy = None
         self._schedule: PlannerSchedule | None = None
-        self._settings = NodeParameters(self, PlannerConfig(), self._validate, self._apply)
+        self._settings = NodeParameters(
+            self, PlannerConfig(), self._validate, self._apply, configured=lambda: self._policy is not None
+        )
         self._worker: ThreadPoolExecutor | None = None
         self._source: ObservationSource | None = None
         self._running: tuple[ChunkRequest, Future] | None = None

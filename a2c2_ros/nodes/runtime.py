@@ -60,6 +60,7 @@ class NodeParameters:
         validate: Called with a candidate before it is accepted; raises :class:`A2C2Error` to refuse it.
         apply: Called with the new set after it was accepted.
         always: Names with which ``validate`` and ``apply`` are called even if the value is the same: of files.
+        configured: Whether the node is; before it is, everything can change. None: some parameters never can.
 
     Raises:
         ConfigError: If a value given at start has the wrong type or violates a rule.
@@ -72,16 +73,20 @@ class NodeParameters:
         validate: Callable[[Config], None] = lambda candidate: None,
         apply: Callable[[Config], None] = lambda config: None,
         always: frozenset[str] = frozenset(),
+        configured: Callable[[], bool] | None = None,
     ) -> None:
         self._validate = validate
         self._apply = apply
         self._always = always
+        self._configured = configured
         self.named: frozenset[str] = frozenset()  # by the change that is validated or applied
         values = {}
         for item in fields(defaults):
             name = defaults.ros_name(item.name)
             try:
-                values[name] = node.declare_parameter(name, item.default, _descriptor(item)).value
+                descriptor = _descriptor(item)
+                descriptor.read_only = configured is None and not item.metadata["dynamic"]
+                values[name] = node.declare_parameter(name, item.default, descriptor).value
             except (InvalidParameterTypeException, InvalidParameterValueException) as error:
                 raise ConfigError(f"parameter {name} of {node.get_name()}: {error}") from error
         self.value = defaults.replaced(values, running=False)
@@ -105,12 +110,13 @@ class NodeParameters:
 
     def _candidate(self, parameters: Sequence[Parameter]) -> Config:
         self.named = frozenset(p.name for p in parameters)
-        return self.value.replaced({p.name: p.value for p in parameters})
+        running = self._configured is None or self._configured()
+        return self.value.replaced({p.name: p.value for p in parameters}, running=running)
 
 
 def _descriptor(item) -> ParameterDescriptor:
     low, high = item.metadata["low"], item.metadata["high"]
-    descriptor = ParameterDescriptor(description=item.metadata["description"], read_only=not item.metadata["dynamic"])
+    descriptor = ParameterDescriptor(description=item.metadata["description"])
     descriptor.dynamic_typing = True  # the parameter set checks the type, with an error that says what is allowed
     if low is not None and high is not None:
         if isinstance(item.default, float):
