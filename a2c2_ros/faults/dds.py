@@ -13,9 +13,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -114,9 +115,15 @@ class System:
         for key, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value) or "''"
             arguments += ["-p", f"{key}:={text}"]
+        self.start_module(name, f"a2c2_ros.nodes.{node}", arguments, before, **options)
+
+    def start_module(
+        self, name: str, module: str, arguments: Sequence[str], before: Sequence[str] = (), **options: Any
+    ) -> None:
+        """Start ``python -m MODULE ARGUMENTS``; the rest as for :meth:`start`."""
         with (self._folder / f"{name}.log").open("a") as log:
             self._processes[name] = subprocess.Popen(
-                [*before, sys.executable, "-m", f"a2c2_ros.nodes.{node}", *arguments],
+                [*before, sys.executable, "-m", module, *arguments],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -132,6 +139,25 @@ class System:
     def signal(self, name: str, number: signal.Signals) -> None:
         """Send a signal to a process and its children."""
         os.killpg(self._processes[name].pid, number)
+
+    @contextlib.contextmanager
+    def slowed(self, name: str, runs_s: float, rests_s: float) -> Iterator[None]:
+        """Let a process run for a short time, stop it for another, and so on: as a slower machine would run it."""
+        over = threading.Event()
+
+        def alternate() -> None:
+            while not over.wait(runs_s):
+                self.signal(name, signal.SIGSTOP)
+                over.wait(rests_s)
+                self.signal(name, signal.SIGCONT)
+
+        thread = threading.Thread(target=alternate)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def kill(self, name: str) -> None:
         """End a process as a crash would."""
