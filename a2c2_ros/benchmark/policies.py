@@ -108,7 +108,7 @@ def row(name: str, policy: ChunkPolicy, profile: Profile, threads: int, seconds:
 
 
 def head_times(policy: ChunkPolicy, profile: Profile, threads: int, seconds: float) -> dict[str, Any]:
-    """Times of one correction with a compact head of the policy's sizes; the encoders ran when the images came."""
+    """Times of one correction with a compact head of the policy's sizes, its images encoded in the call."""
     head = make_random_head(
         "compact",
         cameras=policy.cameras,
