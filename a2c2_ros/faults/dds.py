@@ -262,6 +262,8 @@ class World:
         robot: The profile that the controller gets.
         simulated_time: Publish ``/clock`` and stamp with it.
         settled_s: What left its writer so long ago has arrived here [s].
+        commands_get_lost: The transport fails on purpose: that a command did not come does not say that it was not
+            sent, since the middleware repeats only the newest.
     """
 
     def __init__(
@@ -272,6 +274,7 @@ class World:
         *,
         simulated_time: bool = False,
         settled_s: float = SETTLED_S,
+        commands_get_lost: bool = False,
     ) -> None:
         self.system = system
         self.robot = robot
@@ -301,6 +304,7 @@ class World:
         self._gaps_ns = 0  # all gaps that are over
         self._clock_ns = 0  # how far the simulated clock has come, without the scenarios' jumps
         self._settled_s = settled_s
+        self._commands_get_lost = commands_get_lost
         self._newest_tick_ns = 0  # its place among the events
         # By stamp: commands without a tick so far, each with the time at which it left.
         self._sent: dict[int, deque[tuple[int, np.ndarray]]] = {}
@@ -693,12 +697,13 @@ class World:
             if step.command is not None and not sent and not overtaken:
                 return
             self._untold.popleft()
-            left_ns, command = sent.popleft() if sent else (step.t_ns, None)
+            missing = step.command if self._commands_get_lost else None
+            left_ns, command = sent.popleft() if sent else (step.t_ns, missing)
             if not sent:
                 self._sent.pop(step.t_ns, None)
             # A tick that starts late uses what came until then.
             at_ns = recorded_ns if self._simulated_time else max(step.t_ns, left_ns)
-            sent_ns = None if self._simulated_time or command is None else left_ns
+            sent_ns = None if self._simulated_time or command is missing else left_ns
             happened = replace(step, command=command, wall_ns=at_ns, sent_ns=sent_ns)
             self._at(at_ns, partial(self._tell_tick, step, happened))
             self._newest_tick_ns = max(self._newest_tick_ns, at_ns)

@@ -85,7 +85,8 @@ def _network(folder: Path) -> Iterator[NetworkBench]:
         os.environ.update(ENVIRONMENT)
         try:
             system = System(folder, domain_id, ENVIRONMENT)
-            world = World(system, domain_id, robot, settled_s=4.0)  # what was lost is sent again after seconds
+            # What was lost is sent again after seconds.
+            world = World(system, domain_id, robot, settled_s=4.0, commands_get_lost=True)
             with closing(system, world):
                 bench = NetworkBench(folder, system, world, cable)
                 bench.start_controller()
