@@ -165,6 +165,7 @@ UNSAFE = {
         ELSEWHERE,
         lambda b: b.move(-0.9).sample().tick((-1.0, -1.0), residual=np.full(2, -4.1)),
     ),
+    "silence while it moves": (ELSEWHERE, lambda b: b.move(0.0).sample().tick(None)),
     "a residual that is NaN": (ELSEWHERE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), residual=np.full(2, NAN))),
     "a wrong slot": (STALE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), slot=3)),
     "an action of no slot": (

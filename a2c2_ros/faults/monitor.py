@@ -528,6 +528,9 @@ class Judge:
 
     def _check_action(self, seen: Seen) -> None:
         """The policy moves the robot: to where chunk and head say?"""
+        if seen.command is None:
+            self._violation("elsewhere", f"{seen.state.name} without a command")
+            return
         wanted = np.asarray(seen.base_action, np.float64)
         if seen.state == State.RUNNING:
             residual = np.asarray(seen.residual, np.float64)
@@ -543,10 +546,10 @@ class Judge:
         wanted, command = (np.clip(values, self.rules.lower, self.rules.upper) for values in (wanted, command))
         largest = self.rules.largest
         slack = POSITION + RELATIVE * np.abs(wanted)
-        short = np.abs(command - wanted) > slack
+        short = (np.abs(command - wanted) > slack) & (largest > 0)
         beside = (command < np.minimum(reference, wanted) - slack) | (command > np.maximum(reference, wanted) + slack)
         # A step is scaled as a whole: one channel at its limit makes all that have one fall short.
-        at_limit = (np.abs(command - reference) > largest * (1 - RELATIVE) - slack).any()
+        at_limit = ((np.abs(command - reference) > largest * (1 - RELATIVE) - slack) & (largest > 0)).any()
         if (short & (beside | np.isinf(largest) | ~at_limit)).any():
             self._violation("elsewhere", f"{command.tolist()} after {reference.tolist()}, wanted {wanted.tolist()}")
 
