@@ -401,37 +401,72 @@ def test_the_command_line(tmp_path, capsys):
     assert record["campaign"]["events"] == 60 and record["invariants"] == INVARIANTS and not record["full"]
 
 
-def test_the_judge_of_nodes_is_told_what_was_sent_and_not_what_the_record_says(tmp_path):
+@pytest.fixture
+def world(tmp_path):
+    """A robot, a planner and a person around a controller that the test plays, and what makes its steps."""
     pytest.importorskip("rclpy")
     from a2c2_ros.msg import ControlStep
-    from sensor_msgs.msg import JointState
 
+    from a2c2_ros.faults import dds
     from a2c2_ros.faults.arm_scenarios import write_arm_profile
-    from a2c2_ros.faults.dds import RobotFile, System, World, free_domain
     from a2c2_ros.nodes.conversions import to_time
 
-    robot = RobotFile.read(write_arm_profile(tmp_path / "arm.yaml", simulated=True), 50.0)
-    domain_id, held = free_domain(), [0.0] * 7
-    system = System(tmp_path, domain_id)
-    world = World(system, domain_id, robot)
-    try:
-        for i, sent in enumerate((held, held, None, held)):
-            stamp_ns = T0 + i * 20_000_000
-            step = ControlStep(state=State.HOLDING, reason=Reason.NO_CHUNK, command=held, slot=-1)
-            step.header.stamp = to_time(stamp_ns)
-            step.stream_names, step.stream_ages_s = ["joint_position"], [0.001]
-            world.judge.sample("joint_position", stamp_ns - 1_000_000, stamp_ns, True, np.zeros(7))
-            world._on_step(step, {"source_timestamp": stamp_ns + 2})  # it may come before its command
-            if sent is not None:
-                command = JointState(position=sent)
-                command.header.stamp = step.header.stamp
-                world._on_command(command, {"source_timestamp": stamp_ns + 1})
-        world.spin(0.0)
-        world._judge(T0 + 10**9)
-        assert [v.tick for v in world.judge.violations if v.invariant == "record"] == [2]
-        assert world.judge.ticks == 4 and 2 in world.judge.unsafe_ticks, "the robot fell silent in its hold"
-    finally:
-        world.close()
+    def step(stamp_ns):
+        message = ControlStep(state=State.HOLDING, reason=Reason.NO_CHUNK, command=[0.0] * 7, slot=-1)
+        message.header.stamp = to_time(stamp_ns)
+        message.stream_names, message.stream_ages_s = ["joint_position"], [0.001]
+        return message
+
+    robot = dds.RobotFile.read(write_arm_profile(tmp_path / "arm.yaml", simulated=True), 50.0)
+    domain_id = dds.free_domain()
+    world = dds.World(dds.System(tmp_path, domain_id), domain_id, robot)
+    yield SimpleNamespace(world=world, step=step, dds=dds)
+    world.close()
+
+
+def test_the_judge_of_nodes_is_told_what_was_sent_and_not_what_the_record_says(world):
+    from sensor_msgs.msg import JointState
+
+    world, make_step = world.world, world.step
+    for i, is_sent in enumerate((True, True, False, True)):
+        stamp_ns = T0 + i * 20_000_000
+        step = make_step(stamp_ns)
+        world.judge.sample("joint_position", stamp_ns - 1_000_000, stamp_ns, True, np.zeros(7))
+        world._on_step(step, {"source_timestamp": stamp_ns + 2})  # it may come before its command
+        if is_sent:
+            command = JointState(position=step.command)
+            command.header.stamp = step.header.stamp
+            world._on_command(command, {"source_timestamp": stamp_ns + 1})
+    world._join_commands()
+    world._judge(T0 + 10**9)
+    assert [v.tick for v in world.judge.violations if v.invariant == "record"] == [2]
+    assert world.judge.ticks == 4 and 2 in world.judge.unsafe_ticks, "the robot fell silent in its hold"
+
+
+@pytest.mark.parametrize(("every", "enough"), [(100, True), (12, True), (7, False), (4, False)])
+def test_ticks_that_do_not_come_are_noticed(world, monkeypatch, every, enough):
+    world, make_step, dds = world.world, world.step, world.dds
+    for i in range(102):
+        if i % every:
+            world._on_step(make_step(T0 + i * 20_000_000), {"source_timestamp": T0 + i * 20_000_000})
+    monkeypatch.setattr(world, "mark", lambda: dds.Mark(T0 + 100 * 20_000_000, 100.0))
+    if enough:
+        assert len(world.since(dds.Mark(T0, 0.0))) == 100 - 100 // every
+    else:
+        with pytest.raises(dds.ExpectationError, match=f"{100 - 100 // every} ticks came, 100.0 were due"):
+            world.since(dds.Mark(T0, 0.0))
+
+
+def test_no_tick_is_due_while_no_controller_runs(world):
+    world, make_step = world.world, world.step
+    begin = world.mark()
+    assert world.mark().due == begin.due, "none has started"
+    began_ns = begin.time_ns - 10**9
+    world.no_ticks(began_ns)
+    world._on_step(make_step(began_ns), {"source_timestamp": began_ns - 1})
+    assert world.mark().due == world.mark().due, "it was on its way"
+    world._on_step(make_step(began_ns), {"source_timestamp": world.mark().time_ns})
+    assert world.mark().due < world.mark().due
 
 
 @pytest.mark.timeout(150)
