@@ -101,7 +101,7 @@ def _swapped(bench: LiberoBench) -> str:
 @scenario(
     "libero",
     "planner slower than e",
-    "a chunk is asked for at every step, from a policy server that runs in 5 ms of every 80 ms only",
+    "a chunk is asked for at every step, from a policy server that runs in 4 ms of every 114 ms only",
     "there is always a chunk: the older one until the next comes",
 )
 def _slow_planner(bench: LiberoBench) -> str:
@@ -110,7 +110,7 @@ def _slow_planner(bench: LiberoBench) -> str:
     world.wait_for(lambda: ADDRESS.search(system.log(SERVER)) is not None, "the server's address", 90.0)
     _replace_planner(bench, execution_horizon=1, policy="remote", policy_path=ADDRESS.search(system.log(SERVER))[1])
     # Not the planner itself: it could be stopped while it holds what it shares with those who send it images.
-    with system.slowed(SERVER, runs_s=0.005, rests_s=0.075):
+    with system.slowed(SERVER, runs_s=0.004, rests_s=0.11):
         world.spin_for(1.0)
         since = len(world.raw)
         world.stays(3.0, lambda s: s.state in MOVING, "there is always a chunk")
