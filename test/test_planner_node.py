@@ -165,6 +165,20 @@ def test_real_time_chunking_goes_on_from_as_many_slots_as_the_inference_takes(mo
         assert known == [None, (3, 10), (3, 10)]
 
 
+def test_it_goes_on_from_no_more_slots_than_the_policy_can(monkeypatch, capfd):
+    policy = SlowPolicy()
+    policy.delays["rtc"] = 2
+    with planner(monkeypatch, policy, chunking="rtc") as bench:
+        bench.say("go")
+        for start in (0, 10):
+            bench.observe(start)
+            bench.inference_begins()
+            bench.observe(start + 3)
+            bench.inference_ends()
+        assert bench.policy.continuations[-1].delay_steps == 2
+    assert "chunks come d=3 steps late, with rtc the policy goes on from 2 at most" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("parameter", "value"), [("chunking", "tt_rtc"), ("inference_delay", 9)])
 def test_what_the_policy_cannot_do_is_refused_while_it_runs(monkeypatch, parameter, value):
     with planner(monkeypatch, chunking="rtc") as bench:

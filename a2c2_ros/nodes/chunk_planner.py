@@ -34,7 +34,7 @@ from a2c2_ros.nodes.runtime import (
     reliable_qos,
     run,
 )
-from a2c2_ros.policies.base import Continuation, check_continuation, infer_chunk
+from a2c2_ros.policies.base import CONTINUED, Continuation, check_continuation, infer_chunk
 from a2c2_ros.policies.registry import load_policy_for
 
 DIAGNOSTICS_PERIOD_S = 1.0
@@ -151,7 +151,7 @@ class ChunkPlanner(ManagedNode):
         observation = {c: np.zeros((policy.image_size, policy.image_size, 3), np.uint8) for c in policy.cameras}
         observation["state"] = np.zeros(policy.state_dim, np.float32)
         continuation = None
-        if config.chunking in ("rtc", "tt_rtc"):
+        if config.chunking in CONTINUED:
             known = np.zeros((config.horizon - config.execution_horizon, len(policy.action_names)), np.float32)
             continuation = Continuation(known, config.inference_delay, config.chunking)
         policy.predict(observation, "warm up", seed=0, continuation=continuation)
@@ -304,16 +304,27 @@ class ChunkPlanner(ManagedNode):
             execution_horizon=config.execution_horizon,
         )
         self._timing = timing
-        if not config.lockstep:
-            # Nothing else is known after the first chunk.
-            measured = timing.effective_delay_steps
-            self._schedule.expect_delay(timing.delay_steps if measured < 0 else measured)
+        if not config.lockstep and config.chunking in CONTINUED:
+            self._expect_delay(timing, config.chunking)
         self._timing_publisher.publish(timing_to_message(timing, request, chunk, config.inference_delay))
         # The robot stands still while a synchronous chunk is computed, so any delay fits.
         if timing.problem and request.chunking != "synchronous":
             self._log.problem("timing", timing.problem)
         else:
             self._log.fine("timing")
+
+    def _expect_delay(self, timing: ChunkTiming, chunking: str) -> None:
+        # Nothing else is known after the first chunk.
+        measured = timing.delay_steps if timing.effective_delay_steps < 0 else timing.effective_delay_steps
+        largest = self._policy.largest_delay(chunking)
+        if measured > largest:
+            self._log.problem(
+                "delay",
+                f"chunks come d={measured} steps late, with {chunking} the policy goes on from {largest} at most",
+            )
+        else:
+            self._log.fine("delay")
+        self._schedule.expect_delay(min(measured, largest))
 
     def _report(self) -> None:
         """Once a second: why there is no inference, in the log, and diagnostics."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 
+CONTINUED = ("rtc", "tt_rtc")
+"""Ways of chunking in which the policy goes on from the last chunk."""
+
+
 @dataclass(frozen=True, eq=False)
 class PolicyOutput:
     """One inference of a policy.
@@ -143,11 +147,11 @@ def check_continuation(policy: ChunkPolicy, chunking: str, delay_steps: int) -> 
     Raises:
         ConfigError: Naming the parameter, its value and what is allowed.
     """
-    if chunking not in ("rtc", "tt_rtc"):
+    if chunking not in CONTINUED:
         return
     largest = policy.largest_delay(chunking)
     if largest is None:
-        others = [c for c in ("rtc", "tt_rtc") if policy.largest_delay(c) is not None]
+        others = [c for c in CONTINUED if policy.largest_delay(c) is not None]
         raise ConfigError(
             f"chunking is {chunking!r}, which the policy {policy.policy_id} cannot do, allowed are "
             f"{['asynchronous', 'synchronous', *others]}"

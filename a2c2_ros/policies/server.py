@@ -27,7 +27,7 @@ from websockets.protocol import State
 
 from a2c2_ros.core.errors import A2C2Error, ConfigError, ObservationError
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.policies.base import ChunkPolicy, Continuation
+from a2c2_ros.policies.base import CONTINUED, ChunkPolicy, Continuation
 from a2c2_ros.policies.registry import load_policy_for
 from a2c2_ros.policies.remote import CONTINUATION, DIALECT, DIALECT_VERSION, pack, unpack
 
@@ -60,7 +60,7 @@ def metadata(policy: ChunkPolicy) -> dict[str, Any]:
         "state_representation": "robot",
         "mirror_images": False,
         "trained_for": {k: list(v) if isinstance(v, tuple) else v for k, v in policy.trained_for.items()},
-        "largest_delay": {mode: policy.largest_delay(mode) for mode in ("rtc", "tt_rtc")},
+        "largest_delay": {mode: policy.largest_delay(mode) for mode in CONTINUED},
     }
 
 
@@ -112,7 +112,7 @@ def _continuation(policy: ChunkPolicy, given: Mapping) -> Continuation:
         )
     if not np.isfinite(actions).all():
         raise ObservationError("'actions' to go on from are not finite")
-    if mode not in ("rtc", "tt_rtc") or policy.largest_delay(mode) is None:
+    if mode not in CONTINUED or policy.largest_delay(mode) is None:
         raise ObservationError(f"'mode' is {mode[:20]!r}, which the policy {policy.policy_id} cannot do")
     return Continuation(actions.astype(np.float32), _item(given, "delay_steps", int), mode)
 
