@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from a2c2_ros.core.config import PlannerConfig
+from a2c2_ros.core.config import ControllerConfig, Parameters, PlannerConfig
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.paths import share_directory
@@ -145,10 +145,17 @@ OF_SIMULATOR = (
 )
 
 
-def _of_planner(name: str, default: Value | None = None) -> Argument:
-    field = {item.name: item for item in dataclasses.fields(PlannerConfig)}[name]
+def _of(config: type[Parameters], field_name: str, name: str, default: Value | None = None) -> Argument:
+    field = {item.name: item for item in dataclasses.fields(config)}[field_name]
     meta, default = field.metadata, field.default if default is None else default
     return Argument(name, default, meta["description"], meta["low"], meta["high"], meta["choices"] or ())
+
+
+def _of_planner(name: str, default: Value | None = None) -> Argument:
+    return _of(PlannerConfig, name, name, default)
+
+
+HEAD_DEVICE = _of(ControllerConfig, "correction__device", "head_device")
 
 
 LIBERO_SIM_ARGUMENTS = (
@@ -166,7 +173,7 @@ LIBERO_SIM_ARGUMENTS = (
         "takeover_after_steps", -1, "Then the scripted expert commands, as a person would; -1: never", -1, 100_000
     ),
     Argument("head", "", f"ONNX head, as correction.model_path; empty: that of the parameter file; {OR_NONE}"),
-    Argument("head_device", "cpu", "Where the head runs, as correction.device", texts=("cpu", "cuda")),
+    HEAD_DEVICE,
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
     Argument("lockstep", True, "The simulation waits for every command; false: it runs on the clock"),
     Argument("headless", True, "No window with the cameras"),
@@ -209,7 +216,7 @@ REAL_ROBOT_ARGUMENTS = (
     Argument("seed", 0, "Seed of the policy's noise, the delay's jitter and the mock", 0, 2**31 - 1),
     *(_of_planner(name, REAL_ROBOT_DEFAULTS.get(name)) for name in OF_PLANNER),
     Argument("head", "reach/mlp_reach/head.onnx", f"ONNX head, as correction.model_path; {OR_NONE}"),
-    Argument("head_device", "cpu", "Where the head runs, as correction.device", texts=("cpu", "cuda")),
+    HEAD_DEVICE,
     Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
     Argument("control_rate_hz", 0.0, "Control steps per second [Hz]; 0: as the profile says, else 20", 0.0, 1000.0),
     Argument("headless", True, "No window with the cameras"),

@@ -99,7 +99,7 @@ make_venv() {
 }
 
 install_packages() {
-  local rivals=(opencv-python-headless onnxruntime-gpu) owners=(opencv-python onnxruntime) index
+  local rivals=(opencv-python-headless onnxruntime-gpu) owners=(opencv-python onnxruntime) index mirror
   if [ "${GPU:-0}" = 1 ]; then rivals[1]=onnxruntime owners[1]=onnxruntime-gpu; fi
   for index in 0 1; do
     # Both own the same files: what one of them leaves behind does not work, so both go.
@@ -107,6 +107,10 @@ install_packages() {
       .venv/bin/uv pip uninstall -q --python .venv/bin/python "${rivals[index]}" "${owners[index]}"
     fi
   done
+  if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then # uv does not read pip's configuration
+    mirror=$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)
+    if [ -n "$mirror" ]; then export UV_DEFAULT_INDEX=$mirror; fi
+  fi
   say "packages of requirements.lock"
   requirements >.venv/requirements.txt
   # The lock is complete; "sync" would remove the metadata that the ROS wheels carry under second names.
@@ -161,10 +165,6 @@ fi
 system_packages
 [ -x .venv/bin/uv ] || make_venv
 echo "$ros $PWD" >.venv/.origin
-if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then # uv does not read pip's configuration
-  mirror=$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)
-  if [ -n "$mirror" ]; then export UV_DEFAULT_INDEX=$mirror; fi
-fi
 unless_done .venv/.packages "$ros $(requirements | digest)" install_packages repair_cmake_paths
 # The installation links to the source tree: edits need no build, files that come or go do.
 sources=$({ cat CMakeLists.txt package.xml scripts/node.in msg/*.msg srv/*.srv; find a2c2_ros config launch models -type f \

@@ -23,14 +23,14 @@ from a2c2_ros.core.timing import ChunkTiming, DelayMonitor
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import PlannerStatus, PlannerTiming
-from a2c2_ros.nodes.conversions import chunk_to_message, status_to_message, timing_to_message, to_ns, to_time
+from a2c2_ros.nodes.conversions import chunk_to_message, timing_to_message, to_ns, to_time
+from a2c2_ros.nodes.diagnostics import diagnostics_of
 from a2c2_ros.nodes.observation_source import ObservationSource
 from a2c2_ros.nodes.runtime import (
     EdgeLog,
     ManagedNode,
     NodeParameters,
     latched_qos,
-    qualified_name,
     reliable_qos,
     run,
 )
@@ -337,9 +337,7 @@ class ChunkPlanner(ManagedNode):
         status = planner_status(
             self._policy.policy_id, self._instruction, idle, self._log.active("inference"), self._timing
         )
-        message = DiagnosticArray(status=[status_to_message(status, qualified_name(self), self._profile.robot.name)])
-        message.header.stamp = to_time(self.get_clock().now().nanoseconds)
-        self._diagnostics_publisher.publish(message)
+        self._diagnostics_publisher.publish(diagnostics_of(self, [status], self._profile.robot.name))
 
     def _idle_reason(self) -> str | None:
         observation = self._source.snapshot()

@@ -39,11 +39,11 @@ from a2c2_ros.msg import ControlStep as ControlStepMsg
 from a2c2_ros.nodes.conversions import (
     joint_state_to_array,
     message_to_chunk,
-    status_to_message,
     step_to_message,
     to_ns,
     to_time,
 )
+from a2c2_ros.nodes.diagnostics import diagnostics_of
 from a2c2_ros.nodes.observation_source import ObservationSource
 from a2c2_ros.nodes.realtime import TickThread, become_normal, become_realtime
 from a2c2_ros.nodes.runtime import (
@@ -52,7 +52,6 @@ from a2c2_ros.nodes.runtime import (
     NodeParameters,
     PatientParameterService,
     latched_qos,
-    qualified_name,
     reliable_qos,
     run,
 )
@@ -448,11 +447,7 @@ class CorrectionController(ManagedNode):
             self._log.counts,
             self._loop.chunks.copy(),
         )
-        message = DiagnosticArray(
-            status=[status_to_message(s, qualified_name(self), self._profile.robot.name) for s in statuses]
-        )
-        message.header.stamp = to_time(self.get_clock().now().nanoseconds)
-        self._diagnostics_publisher.publish(message)
+        self._diagnostics_publisher.publish(diagnostics_of(self, statuses, self._profile.robot.name))
 
     # --- ticks --------------------------------------------------------------------------------------------------
 

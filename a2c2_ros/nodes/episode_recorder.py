@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import Parameter, ParameterEvent
 from rclpy.duration import Duration
 from rclpy.parameter_client import AsyncParameterClient
@@ -23,7 +23,9 @@ from rclpy.topic_endpoint_info import TopicEndpointInfo
 
 from a2c2_ros.core.config import Parameters, parameter
 from a2c2_ros.core.errors import ConfigError
+from a2c2_ros.core.health import Level, Status
 from a2c2_ros.drivers.profile import load_profile
+from a2c2_ros.nodes.diagnostics import diagnostics_of
 from a2c2_ros.nodes.runtime import EdgeLog, NodeParameters, PlainNode, reliable_qos, run
 from a2c2_ros.recording.definitions import definition
 from a2c2_ros.recording.recorder import IMAGES, Recorder
@@ -203,23 +205,19 @@ class EpisodeRecorder(PlainNode):
                 self.destroy_subscription(subscription)
             self._subscriptions_of_bag.clear()
         self._ask_planner()
-        level = DiagnosticStatus.WARN if status.dropped else DiagnosticStatus.OK
+        level = Level.WARN if status.dropped else Level.OK
         values = {
             "size_bytes": status.size_bytes,
             "queue_bytes": status.queue_bytes,
             "messages_lost": sum(status.dropped.values()),
         }
-        message = DiagnosticArray()
-        message.header.stamp = self.get_clock().now().to_msg()
-        message.status = [
-            DiagnosticStatus(
-                name=f"{self.get_name()}: recording",
-                level=DiagnosticStatus.ERROR if status.ended else level,
-                message=status.ended or ("messages are lost" if status.dropped else "recording"),
-                values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
-            )
-        ]
-        self._diagnostics.publish(message)
+        line = Status(
+            "recording",
+            Level.ERROR if status.ended else level,
+            status.ended or ("messages are lost" if status.dropped else "recording"),
+            {key: str(value) for key, value in values.items()},
+        )
+        self._diagnostics.publish(diagnostics_of(self, [line]))
 
 
 def offered_qos(publishers: Sequence[TopicEndpointInfo]) -> str:

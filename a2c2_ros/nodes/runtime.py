@@ -46,11 +46,6 @@ def reliable_qos(depth: int) -> QoSProfile:
     return QoSProfile(depth=depth, reliability=ReliabilityPolicy.RELIABLE)
 
 
-def qualified_name(node: Node) -> str:
-    """Namespace and name: ``/diagnostics`` is one topic for all robots."""
-    return node.get_fully_qualified_name().lstrip("/")
-
-
 class NodeParameters:
     """ROS parameters of a node from a parameter set of ``core.config``: declared, validated together, then applied.
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CONTINUED = ("rtc", "tt_rtc")
 """Ways of chunking in which the policy goes on from the last chunk."""
+REMEMBERED = 256
+"""Instructions whose embeddings are kept; a server gets any number of them."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from a2c2_ros.policies.base import REMEMBERED
+
 LANGUAGE_DIM = 384
-REMEMBERED = 256  # instructions; a server gets any number of them
 
 
 class InstructionEncoder:

@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from a2c2_ros.core.errors import ConfigError, PolicyError
-from a2c2_ros.policies.base import Continuation, PolicyOptions, PolicyOutput, check_observation
-from a2c2_ros.policies.language import REMEMBERED, InstructionEncoder
+from a2c2_ros.policies.base import REMEMBERED, Continuation, PolicyOptions, PolicyOutput, check_observation
+from a2c2_ros.policies.language import InstructionEncoder
 from a2c2_ros.policies.lerobot_files import VLM_FOLDER, WEIGHTS_FILE, LeRobotMapping, checkpoint_id
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -27,7 +27,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from a2c2_ros.core.errors import ConfigError, PolicyError
 from a2c2_ros.core.robot import Robot
-from a2c2_ros.policies.base import Continuation, PolicyOptions, PolicyOutput, check_observation
+from a2c2_ros.policies.base import REMEMBERED, Continuation, PolicyOptions, PolicyOutput, check_observation
 
 DIALECT = "a2c2_ros"
 """Key of the metadata that says that the rest of it is :func:`a2c2_ros.policies.server.metadata`."""
@@ -43,7 +43,6 @@ ERROR_LENGTH = 400  # characters of a server's error that are passed on
 
 ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"
 DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")  # of numbers only: numpy's own parser would also take objects
-REMEMBERED = 256  # embeddings of instructions
 MAX_AXES = 8
 MAX_ITEMS = 4096  # of a list or map; arrays are binary and are limited by the size of the message
 
