@@ -1,8 +1,11 @@
 """A controller or planner process, and a node of the test that plays the robot's drivers."""
 
+import contextlib
+import random
 import time
 
 import numpy as np
+import rclpy
 from a2c2_ros.msg import ActionChunk, ControlStep
 from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.msg import ParameterType
@@ -17,6 +20,18 @@ from a2c2_ros.nodes.runtime import latched_qos, reliable_qos, sensor_qos
 from a2c2_ros.sim import conventions
 
 HEAD = "compact_libero_spatial/head.onnx"
+
+
+@contextlib.contextmanager
+def ros(namespace="/", **parameters):
+    """ROS in this process, with a node's parameters."""
+    arguments = [text for name, value in parameters.items() for text in ("-p", f"{name.replace('__', '.')}:={value}")]
+    arguments += ["-r", f"__ns:={namespace}"]
+    rclpy.init(args=["--ros-args", *arguments], domain_id=random.SystemRandom().randrange(1, 100))
+    try:
+        yield
+    finally:
+        rclpy.shutdown()
 
 
 class Bench:

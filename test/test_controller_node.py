@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import queue
-import random
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.parameter_client import AsyncParameterClient
 from rclpy.time import Time
+from ros_bench import ros
 from std_msgs.msg import Bool
 from std_srvs.srv import SetBool
 
@@ -38,18 +38,6 @@ from a2c2_ros.paths import model_path
 WAIT_S = 30.0
 PERIOD_NS = 50_000_000
 NO_DATA = Observation({}, {})
-
-
-@contextlib.contextmanager
-def ros(namespace="/", **parameters):
-    """ROS in this process, with a node's parameters."""
-    arguments = [text for name, value in parameters.items() for text in ("-p", f"{name.replace('__', '.')}:={value}")]
-    arguments += ["-r", f"__ns:={namespace}"]
-    rclpy.init(args=["--ros-args", *arguments], domain_id=random.SystemRandom().randrange(1, 100))
-    try:
-        yield
-    finally:
-        rclpy.shutdown()
 
 
 @contextlib.contextmanager

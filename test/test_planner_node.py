@@ -1,17 +1,17 @@
 """The planner node in the test's own process, with a policy that answers when the test wants it to."""
 
 import contextlib
-import random
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-rclpy = pytest.importorskip("rclpy")
+pytest.importorskip("rclpy")
 
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
+from ros_bench import ros
 from std_msgs.msg import String
 
 from a2c2_ros.core.errors import PolicyError
@@ -98,9 +98,7 @@ def planner(monkeypatch, policy=None, activate=True, **parameters):
     policy = policy or SlowPolicy()
     monkeypatch.setattr(chunk_planner, "load_policy_for", lambda *args, **options: policy)
     defaults = {"robot": "mock", "horizon": H, "execution_horizon": 10, "inference_delay": 0, "autostart": False}
-    arguments = [text for name, value in (defaults | parameters).items() for text in ("-p", f"{name}:={value}")]
-    rclpy.init(args=["--ros-args", *arguments], domain_id=random.SystemRandom().randrange(1, 100))
-    try:
+    with ros(**defaults | parameters):
         node = ChunkPlanner()
         configured = node.trigger_configure() == TransitionCallbackReturn.SUCCESS
         assert configured or not activate
@@ -110,8 +108,6 @@ def planner(monkeypatch, policy=None, activate=True, **parameters):
         policy.may_end.release(100)
         node.close()
         node.destroy_node()
-    finally:
-        rclpy.shutdown()
 
 
 @pytest.fixture
