@@ -6,8 +6,10 @@ UV_COMPILE = .venv/bin/uv pip compile -q --python .venv/bin/python --no-annotate
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
-setup: ## Make .venv and build the package (GPU=1: ONNX Runtime with CUDA; KINETIX=1: Kinetix)
+setup: ## Make .venv and build the package (GPU=1: ONNX Runtime with CUDA; KINETIX=1: Kinetix; ROBOT=1: no simulators)
 	@tools/setup.sh
+
+sim test bench faults libero train retrain kinetix lint: export ROBOT = 0
 
 sim: setup ## Run LIBERO with planner and controller: make sim ARGS="task:=0 episodes:=2" (ARGS=--show-args lists them)
 	@. tools/env.sh; exec python -m a2c2_ros.bringup libero_sim $(ARGS)
@@ -39,6 +41,7 @@ lint: setup ## Check the style
 
 lock: ## Resolve requirements*.in into the lock files (UPGRADE=1: newest versions)
 	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) --excludes tools/excludes.txt requirements.in -o requirements.lock
+	$(UV_COMPILE) -c requirements.lock --excludes tools/excludes.txt requirements-robot.in -o requirements-robot.lock
 	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) -c requirements.lock requirements-gpu.in -o requirements-gpu.lock
 	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) -c requirements.lock --excludes tools/excludes.txt requirements-kinetix.in \
 	  -o requirements-kinetix.lock

@@ -227,6 +227,44 @@ def test_the_table_has_a_line_per_cell_and_says_what_failed():
     assert "baseline" in lines[4] and "failed" in lines[4]
 
 
+def test_the_documentation_says_where_a_loop_stalled_or_did_not_correct():
+    states = {"RUNNING": 40, "BASE_ONLY": 6, "HOLDING": 4}
+    cells = [make_cell(load=load) for load in ("idle", "loaded")]
+    cells += [make_cell(report.BASELINE), make_cell(report.BASELINE, load="loaded", missed_ticks=75, missed_share=0.6)]
+    cells += [make_cell(head="compact"), make_cell(head="compact", load="loaded", states=states, missed_ticks=2)]
+    cells += [make_cell(head="transformer"), make_cell(rate_hz=50), make_cell(rate_hz=50, load="loaded")]
+    lines = report.markdown({"cells": cells, "targets": report.evaluate_targets(cells, None, 12.0)}).splitlines()
+    assert lines[2:5] == [
+        "| a2c2_ros | mlp | 0.100 / 0.100 / 0.100 | 0.100 / 0.100 / 0.100 | 1.00 / 1.00 | 1.00 / 1.00 |",
+        "| a2c2_ros | compact (corrected in 100% / 80% of the ticks, 4 held) | 0.100 / 0.100 / 0.100 "
+        "| 0.100 / 0.100 / 0.100, 2 missed | 1.00 / 1.00 | 1.00 / 1.00 |",
+        "| baseline | mlp | 0.100 / 0.100 / 0.100 | stalled: 50 of 125 ticks ran | 1.00 / 1.00 | 1.00 / 1.00 |",
+    ]
+    assert lines[5] == ""
+    assert "| period error p99 at 100 Hz, idle [ms] | 0.5 | 0.1 | met |" in lines
+    assert "| mlp head alone on one core, p99 [ms] | 0.15 |  | not measured |" in lines
+
+
+def test_an_inference_is_compared_with_the_head_alone_and_with_the_head_in_the_loop():
+    rows = [{"head": "compact", "part": "tick", "p50_ms": 0.1}]
+    heads = {"policy": {"p50_ms": 8.0}, "rows": rows}
+    cells = [make_cell(head="compact"), make_cell(head="compact", load="loaded", head_ms={"p50": 0.8, "p99": 1.0})]
+    targets = targets_of(cells, heads)
+    alone = targets["flow inference over the compact head alone in the tick, p50"]
+    assert (alone["value"], alone["met"]) == (pytest.approx(80.0), True)
+    in_loop = targets["flow inference over the compact head in the control loop, p50"]
+    assert (in_loop["value"], in_loop["where"], in_loop["met"]) == (
+        pytest.approx(10.0), "ours/compact/100hz/loaded", False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"benchmark": "faults"}'])
+def test_a_file_that_is_no_result_is_refused_with_its_name(tmp_path, capsys, text):
+    (tmp_path / "mine.json").write_text(text)
+    assert timing.main(["--show", str(tmp_path / "mine.json")]) == 2
+    assert "mine.json is not a result of this benchmark" in capsys.readouterr().err
+
+
 def test_the_full_plan_has_every_cell_once_and_idle_before_loaded():
     cells = timing.full_plan()
     names = [cell.name for cell in cells]
@@ -284,7 +322,7 @@ def end(bench: subprocess.Popen) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_quick_run_end_to_end(tmp_path):
+def test_quick_run_end_to_end(tmp_path, capsys):
     out = tmp_path / "bench.json"
     command = [sys.executable, "-m", "a2c2_ros.benchmark.timing", "--quick", "--out", str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as bench:
@@ -318,6 +356,8 @@ def test_quick_run_end_to_end(tmp_path):
     assert sum(line.split()[:1] == ["100"] for line in lines) == len(cells)
     assert sum("(target " in line for line in lines) == len(record["targets"])
     assert out.with_suffix(".png").stat().st_size > 10_000
+    assert timing.main(["--show", str(out)]) == 0
+    assert capsys.readouterr().out.startswith(report.table(record["cells"]))
 
 
 @pytest.mark.timeout(120)

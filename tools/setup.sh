@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Makes .venv from requirements.lock and builds the package with colcon into install/; skips what is done already.
-# GPU=1 installs ONNX Runtime with CUDA (GPU=0 the plain one again), KINETIX=1 the Kinetix benchmark; both stay. With a
-# ROS 2 sourced, that one is used; otherwise ROS 2 Kilted comes from wheels.
+# GPU=1 installs ONNX Runtime with CUDA (GPU=0 the plain one again), KINETIX=1 the Kinetix benchmark, ROBOT=1 only what a
+# robot's own computer runs (ROBOT=0 all); each stays. With a ROS 2 sourced, that one is used; otherwise ROS 2 Kilted
+# comes from wheels.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 prefix=$PWD/.venv
 if [ -e .venv/.kinetix ]; then KINETIX=1; fi
 if [ -e .venv/.gpu ]; then GPU=${GPU:-1}; fi
+if [ -e .venv/.robot ]; then ROBOT=${ROBOT:-1}; fi
+lock=requirements.lock
+if [ "${ROBOT:-0}" = 1 ]; then lock=requirements-robot.lock; fi
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -14,6 +18,7 @@ fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 ros=wheels
 if [ -n "${ROS_DISTRO:-}" ] && command -v ros2 >/dev/null; then ros=$ROS_DISTRO; fi
 
+[ "${KINETIX:-0}${ROBOT:-0}" != 11 ] || fail "KINETIX=1 needs what ROBOT=1 leaves out: say ROBOT=0 to install all"
 [ "$ros" != wheels ] || [ "$(uname -m)" = x86_64 ] ||
   fail "the wheels of ROS 2 are for x86_64, this machine is $(uname -m): install ROS 2 (Jazzy, Kilted) and source it"
 
@@ -44,9 +49,9 @@ system_packages() {
   local wanted=() libraries
   libraries=$(PATH=$PATH:/usr/sbin:/sbin ldconfig -p)
   has_library() { grep -q "$1" <<<"$libraries"; }
-  if [ "${MUJOCO_GL:-osmesa}" = osmesa ]; then has_library 'libOSMesa\.so\.8' || wanted+=(libosmesa6); fi
+  if [ "${ROBOT:-0}${MUJOCO_GL:-osmesa}" = 0osmesa ]; then has_library 'libOSMesa\.so\.8' || wanted+=(libosmesa6); fi
   has_library 'libGL\.so\.1' || wanted+=(libgl1)
-  has_library 'libEGL\.so\.1' || wanted+=(libegl1)
+  [ "${ROBOT:-0}" = 1 ] || has_library 'libEGL\.so\.1' || wanted+=(libegl1)
   has_library 'libgthread-2\.0\.so\.0' || wanted+=(libglib2.0-0)
   if [ ! -x .venv/bin/uv ] && [ -z "$(find_python)" ]; then
     makes_venvs python3 || wanted+=(python3-venv)
@@ -71,7 +76,7 @@ system_packages() {
 # The pinned packages, one per line: without ROS where a ROS 2 is sourced, with the CUDA provider for GPU=1, and Kinetix.
 requirements() {
   local lines
-  lines=$(grep -v '^#' requirements.lock)
+  lines=$(grep -v '^#' "$lock")
   [ "$ros" = wheels ] || lines=$(grep -vE '^(ros-|colcon-)' <<<"$lines")
   if [ "${GPU:-0}" = 1 ]; then lines=$(grep -v '^onnxruntime==' <<<"$lines"; grep -v '^#' requirements-gpu.lock); fi
   if [ "${KINETIX:-0}" = 1 ]; then lines=$(printf '%s\n' "$lines"; grep -v '^#' requirements-kinetix.lock); fi
@@ -99,7 +104,7 @@ make_venv() {
 }
 
 install_packages() {
-  local rivals=(opencv-python-headless onnxruntime-gpu) owners=(opencv-python onnxruntime) index mirror
+  local rivals=(opencv-python-headless onnxruntime-gpu) owners=(opencv-python onnxruntime) index mirror robosuite
   if [ "${GPU:-0}" = 1 ]; then rivals[1]=onnxruntime owners[1]=onnxruntime-gpu; fi
   for index in 0 1; do
     # Both own the same files: what one of them leaves behind does not work, so both go.
@@ -111,16 +116,18 @@ install_packages() {
     mirror=$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)
     if [ -n "$mirror" ]; then export UV_DEFAULT_INDEX=$mirror; fi
   fi
-  say "packages of requirements.lock"
+  say "packages of $lock"
   requirements >.venv/requirements.txt
   # The lock is complete; "sync" would remove the metadata that the ROS wheels carry under second names.
   .venv/bin/uv pip install -q --no-deps --python .venv/bin/python -r .venv/requirements.txt
   .venv/bin/python -c 'import cv2; cv2.imencode'
   # robosuite would log into a file in /tmp that only the first user may write, and could not be imported by others.
-  printf 'import robosuite.macros\n\nrobosuite.macros.FILE_LOGGING_LEVEL = None\n' \
-    >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/robosuite/macros_private.py"
+  robosuite=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/robosuite
+  [ ! -d "$robosuite" ] ||
+    printf 'import robosuite.macros\n\nrobosuite.macros.FILE_LOGGING_LEVEL = None\n' >"$robosuite/macros_private.py"
   if [ "${KINETIX:-0}" = 1 ]; then touch .venv/.kinetix; fi
   if [ "${GPU:-0}" = 1 ]; then touch .venv/.gpu; else rm -f .venv/.gpu; fi
+  if [ "${ROBOT:-0}" = 1 ]; then touch .venv/.robot; else rm -f .venv/.robot; fi
 }
 
 # The wheels' exported CMake files name the paths of the machine that built them.

@@ -34,6 +34,7 @@ from a2c2_ros.benchmark.report import (
     add_ratios,
     evaluate_targets,
     floor_lines,
+    markdown,
     plot,
     table,
     targets_table,
@@ -373,6 +374,24 @@ def prepare(folder: Path, cells: Sequence[Cell], environment: Mapping[str, str],
     return json.loads((folder / "heads.json").read_text()) if head_times else None
 
 
+def text(record: Mapping[str, Any]) -> str:
+    """The numbers of a result file as plain text."""
+    return "\n\n".join((table(record["cells"]), floor_lines(record["floor"]), targets_table(record["targets"])))
+
+
+def show(path: Path) -> int:
+    """Print a result file, also as the documentation's tables; returns the exit code."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("benchmark") != "timing":
+            raise ValueError(f"benchmark is {record.get('benchmark')!r}, not 'timing'")
+    except (OSError, ValueError, AttributeError) as error:
+        print(f"error: {path} is not a result of this benchmark: {error}", file=sys.stderr)
+        return 2
+    print(f"{text(record)}\n\n{markdown(record)}")
+    return 0
+
+
 def run(args: argparse.Namespace, cells: Sequence[Cell], folder: Path) -> int:
     """Measure, print and write; returns the exit code."""
     started = time.monotonic()
@@ -409,7 +428,7 @@ def run(args: argparse.Namespace, cells: Sequence[Cell], folder: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     draw(out.with_suffix(".png"), traces)
-    print(f"{table(results)}\n\n{floor_lines(floor)}\n\n{targets_table(targets)}\n\n{wall_s:.0f} s -> {out}")
+    print(f"{text(record)}\n\n{wall_s:.0f} s -> {out}")
     noisy = [r["cell"] for r in results if "error" not in r and r["cores"]["others"] > QUIET_CORES]
     if noisy:
         print(f"warning: other programs used more than {QUIET_CORES} cores during {noisy}", file=sys.stderr)
@@ -422,6 +441,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--out", type=Path, help=f"JSON file, the figure goes beside it; without it {FULL_OUT}, of a part {PART_OUT}"
     )
+    p.add_argument("--show", type=Path, metavar="FILE", help="print this result again, also as Markdown; runs nothing")
     p.add_argument("--cells", nargs="+", metavar="PATTERN", help="only these, e.g. 'ours/mlp/*' '*/100hz/loaded'")
     p.add_argument("--duration-s", type=float, help="measured part of a cell [s]; without it 6, baselines 3")
     p.add_argument("--quick", action="store_true", help="five cells of 2 s, no head times: to see that it works")
@@ -432,6 +452,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 if a cell failed, 2 for wrong arguments."""
     args = parser().parse_args(argv)
+    if args.show:
+        return show(args.show)
     cells = quick_plan() if args.quick else full_plan()
     if args.cells:
         cells = [cell for cell in cells if any(fnmatch.fnmatch(cell.name, pattern) for pattern in args.cells)]
