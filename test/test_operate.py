@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("rclpy")
 
 from a2c2_ros.msg import ControlStep, EpisodeStatus
+from std_msgs.msg import String
 
 from a2c2_ros.core.safety import Reason
 from a2c2_ros.nodes.conversions import to_ns
@@ -61,9 +62,19 @@ def test_a_person_says_how_an_episode_ended(bench):
     assert to_ns(heard[0].header.stamp) < to_ns(heard[1].header.stamp) < bench.now_ns()
 
 
+def test_a_person_tells_the_robot_what_to_do(bench):
+    said = []
+    bench.node.create_subscription(String, "instruction", lambda message: said.append(message.data), latched_qos(1))
+    assert operate(bench, "instruct", "open the drawer") == (0, "")
+    assert operate(bench, "instruct", "close it") == (0, "")
+    assert said == ["open the drawer", "close it"]
+
+
 def test_nobody_there_is_said_with_the_domain(bench):
     code, text = operate(bench, "enable", namespace="elsewhere", timeout_s=0.2)
     assert code == 1 and f"ROS_DOMAIN_ID={bench.system.domain_id}" in text and "Traceback" not in text
     code, text = operate(bench, "state", timeout_s=0.2)
     assert code == 1 and "control_step: no message within 0.2 s" in text
+    code, text = operate(bench, "instruct", "open it", namespace="elsewhere", timeout_s=0.2)
+    assert code == 1 and "/elsewhere/instruction: nobody listens" in text
     assert operate(bench, "set", "chunk_planner", "horizon")[0] == 2

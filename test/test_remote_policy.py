@@ -566,16 +566,8 @@ def test_the_key_is_sent(server, monkeypatch):
 class Served:
     """The command as a process in the network namespace of this thread."""
 
-    def __init__(self, *arguments, **environment):
-        command = [
-            sys.executable,
-            "-m",
-            "a2c2_ros.policies.server",
-            "--policy-path",
-            "flow_libero_spatial",
-            "--port",
-            "0",
-        ]
+    def __init__(self, *arguments, path="flow_libero_spatial", **environment):
+        command = [sys.executable, "-m", "a2c2_ros.policies.server", "--policy-path", path, "--port", "0"]
         self.process = subprocess.Popen(
             [*command, *arguments],
             stdout=subprocess.PIPE,
@@ -634,6 +626,20 @@ def test_our_server_gives_the_same_chunks(served):
         assert not np.allclose(ours, policy.predict(libero_observation(), INSTRUCTION, seed=4).actions, atol=1e-3)
     changed = load_policy("remote", served.url, PolicyOptions(mapping={"mirror_images": True}))
     assert changed.policy_id.startswith(f"{local.policy_id}-")
+
+
+def test_a_policy_that_sees_nothing_is_served_too():
+    pytest.importorskip("torch")
+    served = Served("--threads", "1", "--robot", "panda_servo", path="reach/flow_reach")
+    try:
+        local = load_policy("flow", "reach/flow_reach", PolicyOptions(threads=1))
+        policy = load_policy("remote", served.url)
+        assert policy.cameras == local.cameras == () and policy.policy_id == local.policy_id
+        observation = {"state": np.full(local.state_dim, 0.1, np.float32)}
+        ours, theirs = (p.predict(observation, INSTRUCTION, seed=1).actions for p in (policy, local))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    finally:
+        served.stop()
 
 
 def test_our_server_speaks_the_protocol(served):

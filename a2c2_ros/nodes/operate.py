@@ -18,6 +18,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter, get_parameter_value, parameter_value_to_python
 from rclpy.parameter_client import AsyncParameterClient
 from rclpy.task import Future
+from std_msgs.msg import String
 from std_srvs.srv import SetBool
 
 from a2c2_ros.core.errors import A2C2Error
@@ -88,10 +89,21 @@ class Operator:
         Raises:
             OperateError: If nobody listens.
         """
-        publisher = self._node.create_publisher(EpisodeStatus, "episode", latched_qos(1))
-        self._spin_until(publisher.get_subscription_count, f"{publisher.topic_name}: nobody listens")
         message = EpisodeStatus(phase=phase, instruction=instruction)
         message.header.stamp = self._node.get_clock().now().to_msg()
+        self._say("episode", message)
+
+    def instruct(self, instruction: str) -> None:
+        """Tell the planner what the robot is to do, on the topic ``instruction``.
+
+        Raises:
+            OperateError: If nobody listens.
+        """
+        self._say("instruction", String(data=instruction))
+
+    def _say(self, topic: str, message: EpisodeStatus | String) -> None:
+        publisher = self._node.create_publisher(type(message), topic, latched_qos(1))
+        self._spin_until(publisher.get_subscription_count, f"{publisher.topic_name}: nobody listens")
         publisher.publish(message)
         time.sleep(LISTENERS_S)  # who subscribes only now gets it, too, as long as the publisher lives
         publisher.wait_for_all_acked(Duration(seconds=self._timeout_s))
@@ -154,6 +166,8 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("enable", help="the controller may move the robot")
     commands.add_parser("disable", help="the controller stops; no substitute for an emergency stop")
     commands.add_parser("state", help="what the controller does, why, and how old its data are")
+    instruct = commands.add_parser("instruct", help="tell the planner what the robot is to do")
+    instruct.add_argument("instruction", help="for example 'reach the upper left corner'")
     episode = commands.add_parser("episode", help="say that an episode begins or how it ended, for a recorded bag")
     episode.add_argument("phase", choices=PHASES, help="what has happened")
     episode.add_argument("--instruction", default="", help="of the episode that begins")
@@ -177,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(operator.enable(args.command == "enable"))
             elif args.command == "episode":
                 operator.episode(PHASES[args.phase], args.instruction)
+            elif args.command == "instruct":
+                operator.instruct(args.instruction)
             elif args.command == "state":
                 print(operator.state())
             elif args.command == "get":

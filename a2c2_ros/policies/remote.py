@@ -282,7 +282,7 @@ class RemotePolicy:
                 f"YAML file (policy_config) has to say them"
             )
         self.cameras = tuple(settings.cameras)
-        self.image_size = settings.image_size or self._robot_image_size(options)
+        self.image_size = (settings.image_size or self._robot_image_size(options)) if self.cameras else 0
         self.state_dim = settings.state_dim or self._given("state_dim", robot and len(robot.state_names))
         self.action_names = settings.action_names or self._given("action_names", robot and robot.action_names)
         self._nominal_xyzw = self._nominal_orientation(robot)

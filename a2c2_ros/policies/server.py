@@ -49,7 +49,7 @@ def metadata(policy: ChunkPolicy) -> dict[str, Any]:
         "state_dim": policy.state_dim,
         "latent_dim": policy.latent_dim,
         "language_dim": policy.language_dim,
-        "image_size": policy.image_size,
+        "image_size": policy.image_size if policy.cameras else None,
         "cameras": {name: f"observation/{name}" for name in policy.cameras},
         "state": STATE,
         "instruction": INSTRUCTION,
