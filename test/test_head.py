@@ -12,10 +12,11 @@ pytest.importorskip("onnxruntime")
 
 from test_flow import CONFIG
 
-from a2c2_ros.core.errors import ConfigError, ManifestError, ObservationError
+from a2c2_ros.core.errors import ConfigError, HeadError, ManifestError, ObservationError
 from a2c2_ros.core.features import time_feature
 from a2c2_ros.core.head import HeadInput
 from a2c2_ros.core.manifest import MANIFEST_KEY, HeadManifest
+from a2c2_ros.faults.heads import write_head
 from a2c2_ros.heads import export as export_module
 from a2c2_ros.heads.base import load_head, save_head
 from a2c2_ros.heads.compact import CompactHead
@@ -153,6 +154,21 @@ def test_wrong_input_is_refused(exported):
         head.correct(dataclasses.replace(sample, latent=np.zeros(3, np.float32)))
     with pytest.raises(ObservationError, match="state"):
         head.correct(dataclasses.replace(sample, state=sample.state.astype(np.float64)))
+
+
+def test_a_failing_run_raises_and_writes_nothing(tmp_path, capfd):
+    """A line per tick on the terminal would make the loop late besides."""
+    manifest = HeadManifest(
+        **{"architecture": "broken", "policy_id": "p", "horizon": 8, "step_ns": 50_000_000, "cameras": {}},
+        **{"action_names": ("x",), "action_space": "a", "state_names": ("s",), "latent_size": 0, "language_size": 0},
+    )
+    head = OnnxHead(write_head(tmp_path / "head.onnx", "broken", manifest))
+    inputs = HeadInput(
+        {}, np.ones(1, np.float32), np.zeros(1, np.float32), time_feature(3, 8), *[np.empty(0, np.float32)] * 2
+    )
+    with pytest.raises(HeadError, match="ONNX Runtime failed"):
+        head.correct(inputs)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_head_file_round_trip(tmp_path):

@@ -1,7 +1,9 @@
 """The description of a system: arguments, parameters, and that the launch file starts the same."""
 
 import json
+import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -184,3 +186,40 @@ def test_the_launch_file_starts_what_the_bring_up_starts(tmp_path, monkeypatch):
         assert tuple(map(Path, report["files"][:-1])) == process.parameter_files
         (overrides,) = yaml.safe_load(report["texts"][-1]).values()
         assert flatten(overrides["ros__parameters"]) == process.parameters
+
+
+ON_A_ROBOT = """
+import importlib, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in absent:
+            raise ModuleNotFoundError(f"{name} is not in the lock file of a robot")
+
+absent = set(sys.argv[1].split())
+sys.meta_path.insert(0, Absent())
+nodes = "correction_controller chunk_planner episode_recorder episode_monitor operate".split()
+for name in [f"nodes.{n}" for n in nodes] + ["policies.remote", "recording.repair", "recording.topics", "bringup"]:
+    importlib.import_module(f"a2c2_ros.{name}")
+
+from a2c2_ros.heads.onnx_head import OnnxHead
+from a2c2_ros.paths import model_path
+
+OnnxHead(model_path("compact_libero_spatial") / "head.onnx").warm_up()
+"""
+
+
+def locked(name):
+    lines = (Path(__file__).resolve().parents[1] / name).read_text().splitlines()
+    return {line.split("==")[0] for line in lines if "==" in line}
+
+
+def test_a_robot_needs_no_more_than_its_lock_file():
+    pytest.importorskip("a2c2_ros.msg")
+    robot, everything = locked("requirements-robot.lock"), locked("requirements.lock")
+    assert robot < everything and {"torch", "mujoco", "lerobot"} <= everything - robot
+    owners = {m: {d.lower().replace("_", "-") for d in names} for m, names in packages_distributions().items()}
+    absent = [module for module, names in owners.items() if names & everything and not names & robot]
+    assert {"torch", "mujoco", "lerobot"} <= set(absent)
+    done = subprocess.run([sys.executable, "-c", ON_A_ROBOT, " ".join(absent)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

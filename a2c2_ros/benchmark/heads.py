@@ -7,6 +7,7 @@ last layer too; ``compact`` is the file that ships.
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from a2c2_ros import provenance
+from a2c2_ros.commands import command
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.head import HeadInput
 from a2c2_ros.heads.base import Head, load_head, make_random_head, manifest_of
@@ -59,7 +61,8 @@ RANDOM_HEADS = (
 MIN_RUNS, WARM_UP_RUNS = 20, 3
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the result")
@@ -71,7 +74,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=16, help="frames for the effect on the action (default 16)")
     parser.add_argument("--device", choices=sorted(PROVIDERS), default="cpu", help="where to run (default cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and frames (default 0)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     table = head_table(
         model_path(arguments.compact),
         model_path(arguments.policy),
@@ -283,4 +286,4 @@ def _ratios(rows: Sequence[Mapping[str, object]], policies: Sequence[Mapping[str
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

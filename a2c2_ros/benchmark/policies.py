@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import torch
 from a2c2_ros import provenance
 from a2c2_ros.benchmark.heads import measure_ms
 from a2c2_ros.benchmark.processes import Processes
+from a2c2_ros.commands import command
 from a2c2_ros.drivers.profile import Profile, load_profile
 from a2c2_ros.heads.base import make_random_head, manifest_of
 from a2c2_ros.heads.export import export
@@ -47,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     arguments = parser().parse_args(argv)
@@ -158,4 +161,4 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

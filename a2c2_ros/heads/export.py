@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import io
 import os
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from a2c2_ros.commands import command
 from a2c2_ros.core.errors import ConfigError, ManifestError
 from a2c2_ros.core.head import HeadInput
 from a2c2_ros.core.manifest import HeadManifest
@@ -48,7 +50,8 @@ class _Graph(nn.Module):
         return self.head.fuse(tokens, *vectors, latent, language), *tokens.values()
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", type=Path, required=True, help="head.safetensors")
@@ -58,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="ONNX file to write")
     parser.add_argument("--frames", type=int, default=64, help="frames for the comparison (default 64)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     head = load_head(arguments.head)
     samples = dataset_samples(manifest_of(head), arguments.data, arguments.frames)
     manifest = export(head, samples, arguments.out, arguments.force)
@@ -169,4 +172,4 @@ def latency_ms(head: OnnxHead, samples: Sequence[HeadInput], runs: int = 1000) -
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -301,7 +301,6 @@ class OnnxHead:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # every error is raised as well; a line per failed run would go out in the tick
-        options.log_severity_level = 3  # what stops a head is raised; the rest is about the graph's optimisation
         # Waiting threads must not take the core from the camera and planner processes between two ticks.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 from tqdm import tqdm
 
+from a2c2_ros.commands import command
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.head import HeadInput
 from a2c2_ros.core.manifest import HeadManifest
@@ -24,7 +26,8 @@ from a2c2_ros.heads.onnx_head import OnnxHead, read_graph, read_manifest, save_g
 from a2c2_ros.heads.samples import dataset_samples, random_samples
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", type=Path, required=True, help="head.onnx with float32 weights")
@@ -33,7 +36,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="LeRobotDataset to measure the effect on (default: frames of a seed)")
     parser.add_argument("--frames", type=int, default=64, help="frames for the measurement (default 64)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     manifest = quantise(arguments.head, arguments.out, arguments.kind, arguments.force)
     if arguments.data is None:
         samples = random_samples(manifest, arguments.frames)
@@ -138,4 +141,4 @@ KINDS: dict[str, tuple[str, Callable[[onnx.ModelProto], onnx.ModelProto]]] = {
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
