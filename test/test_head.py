@@ -108,6 +108,12 @@ def test_export_refuses_to_replace_and_to_differ(exported, tmp_path, monkeypatch
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
+def test_a_missing_file_is_one_line_and_no_traceback(tmp_path, capsys):
+    arguments = ["--head", str(tmp_path / "none"), "--data", str(tmp_path), "--out", str(tmp_path / "head.onnx")]
+    assert export_module.main(arguments) == 2
+    assert capsys.readouterr().err == f"error: head {tmp_path / 'none'} is not a file\n"
+
+
 @pytest.mark.parametrize("available", [False, True])
 def test_a_device_that_is_not_there_is_no_silent_fallback(exported, monkeypatch, available):
     """Nor if ONNX Runtime was built for it but cannot use it: it would take the CPU."""
