@@ -13,13 +13,17 @@ import pytest
 
 rclpy = pytest.importorskip("rclpy")
 
+from a2c2_ros.msg import ControlConfiguration
+from geometry_msgs.msg import PoseStamped
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.parameter_client import AsyncParameterClient
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from ros_bench import ros
-from std_msgs.msg import Bool
+from sensor_msgs.msg import JointState
+from std_msgs.msg import Bool, Float64MultiArray
 from std_srvs.srv import SetBool
 
 from a2c2_ros.core.chunk import ActionChunk
@@ -29,11 +33,11 @@ from a2c2_ros.core.safety import Reason, State
 from a2c2_ros.core.timing import Tick
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.nodes import correction_controller
-from a2c2_ros.nodes.conversions import array_to_joint_state, chunk_to_message
+from a2c2_ros.nodes.conversions import array_to_joint_state, array_to_pose, chunk_to_message
 from a2c2_ros.nodes.correction_controller import CorrectionController
 from a2c2_ros.nodes.observation_source import ObservationSource
-from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, reliable_qos
-from a2c2_ros.paths import model_path
+from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, latched_qos, reliable_qos
+from a2c2_ros.paths import model_path, robot_profile
 
 WAIT_S = 30.0
 PERIOD_NS = 50_000_000
@@ -58,6 +62,26 @@ def controller(**parameters):
             node.destroy_node()
             sys.setswitchinterval(interval_s)
             gc.unfreeze()
+
+
+@contextlib.contextmanager
+def peer_of(node):
+    """Another node, and what spins both until a condition holds."""
+    peer, executor = rclpy.create_node("peer"), SingleThreadedExecutor()
+    executor.add_node(node)
+    executor.add_node(peer)
+
+    def until(condition):
+        deadline = time.monotonic() + WAIT_S
+        while not condition():
+            assert time.monotonic() < deadline
+            executor.spin_once(timeout_sec=0.05)
+
+    try:
+        yield peer, until
+    finally:
+        executor.shutdown()
+        peer.destroy_node()
 
 
 def enable(node, value=True):
@@ -110,6 +134,178 @@ def test_a_robot_that_starts_disabled_has_to_be_enabled_after_every_configuratio
     with controller(start_state="disabled") as node:
         assert enable(node)[0]
         assert configured_anew(node) == (State.STOPPED, Reason.DISABLED)
+
+
+@pytest.mark.parametrize("reliability", [ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT])
+def test_the_emergency_stop_of_a_reliable_and_of_a_best_effort_publisher_is_heard(reliability, capfd):
+    with controller() as node, peer_of(node) as (peer, until):
+        stop = peer.create_publisher(Bool, "emergency_stop", QoSProfile(depth=1, reliability=reliability))
+
+        def latched():
+            stop.publish(Bool(data=True))
+            return node._loop.latched
+
+        def released():
+            stop.publish(Bool(data=False))
+            return enable(node)[0]
+
+        until(latched)
+        assert node._latch.verdict.reason == Reason.EMERGENCY_STOP and not enable(node)[0]
+        until(released)
+        assert not node._loop.latched
+    log = capfd.readouterr().err
+    assert ("it is heard, but messages may be lost" in log) == (reliability == ReliabilityPolicy.BEST_EFFORT)
+
+
+def test_a_late_copy_of_a_release_does_not_undo_a_newer_press():
+    reliable, best_effort = ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT
+    with controller() as node:
+        # A release and a press of one reliable publisher; of the second copies the press is lost.
+        for pressed, heard_by in ((False, reliable), (True, reliable), (False, best_effort)):
+            node._on_emergency_stop(Bool(data=pressed), heard_by)
+        assert node._loop.latched and not enable(node)[0]
+        node._on_emergency_stop(Bool(data=True), best_effort)
+        node._on_emergency_stop(Bool(data=False), reliable)
+        assert not enable(node)[0]
+        node._on_emergency_stop(Bool(data=False), best_effort)
+        assert enable(node)[0]
+
+
+def test_a_press_is_not_pushed_out_by_what_came_after_it_while_the_executor_was_busy():
+    with controller() as node, peer_of(node) as (peer, until):
+        stop = peer.create_publisher(Bool, "emergency_stop", reliable_qos(100))
+        until(lambda: stop.get_subscription_count() == 2)
+        stop.publish(Bool(data=True))
+        for _ in range(50):  # of a button at 10 Hz in the time in which ~/enable waits
+            stop.publish(Bool(data=False))
+        until(lambda: node._loop.latched)
+
+
+@pytest.mark.parametrize("way", ["disable", "emergency stop"])
+def test_a_stop_is_not_lost_when_the_loop_answers_late(way, monkeypatch):
+    monkeypatch.setattr(correction_controller, "ANSWER_TIMEOUT_S", 0.2)
+    inside, may_go = threading.Event(), threading.Event()
+    with controller() as node:
+        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+        tick = node._loop.tick
+
+        def blocked(*arguments):
+            inside.set()
+            assert may_go.wait(WAIT_S)
+            return tick(*arguments)
+
+        def wait_for(condition):
+            deadline = time.monotonic() + WAIT_S
+            while not condition():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+        monkeypatch.setattr(node._loop, "tick", blocked)
+        try:
+            assert inside.wait(WAIT_S)
+            if way == "disable":
+                accepted, text = enable(node, False)
+                assert not accepted and "NOT STOPPED YET" in text and "as soon as it does" in text
+            else:
+                node._on_emergency_stop(Bool(data=True))
+                node._on_emergency_stop(Bool(data=False))
+            accepted, text = enable(node)
+            assert not accepted and "nothing was changed" in text
+            assert not node._loop.latched
+        finally:
+            may_go.set()
+        wait_for(lambda: node._loop.latched)
+        ticks = node._loop.ticks
+        wait_for(lambda: node._loop.ticks > ticks + 3)
+        assert node._loop.latched, "what was told not to have happened must not happen later"
+        slow = node._ask(lambda: time.sleep(0.5) or "done", keep=False)
+        assert slow == "done", "what has begun in time is told as it ends"
+
+
+# --- profiles --------------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_profile_counts_for_all_that_is_made_of_it(tmp_path):
+    """Else the loop would take the measured position by the new scale, and the sink send it by the old one."""
+    old, new = "forward_position_controller/commands", "other_controller/commands"
+    text = robot_profile("panda_forward").read_text()
+    edited = text.replace(old, new).replace("command:\n", f"command:\n  scale: {[-1.0] + [1.0] * 6}\n")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    position = np.array([0.8, 0.0, 0.0, -1.0, 0.0, 1.0, 0.0, 0.0])
+    with controller(robot=path, control_rate_hz=100.0) as node, peer_of(node) as (peer, until):
+        received, configurations = [], []
+        peer.create_subscription(Float64MultiArray, new, received.append, reliable_qos(10))
+        peer.create_subscription(ControlConfiguration, "control_configuration", configurations.append, latched_qos(10))
+        until(lambda: peer.count_publishers(old) == 1)
+        assert node.trigger_cleanup() == TransitionCallbackReturn.SUCCESS
+        path.write_text(edited)
+        assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+        until(lambda: not peer.count_publishers(old) and node.count_subscribers(new) and peer.count_publishers(new))
+        until(lambda: len(configurations) == 2)
+        assert [configuration.robot for configuration in configurations] == [text, edited]
+        hold = node._profile.robot.hold.target(
+            np.zeros(8, np.float32), node._profile.robot.measured_of({"joint_position": position})
+        )
+        until(lambda: node._sink.send(hold, 1) or received)
+        np.testing.assert_allclose(received[0].data, position[:7], atol=1e-6)
+
+
+def test_a_configuration_that_fails_leaves_nothing_of_the_robot_behind(tmp_path, monkeypatch):
+    text = robot_profile("panda_forward").read_text()
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with controller(robot=path, control_rate_hz=100.0) as node:
+
+        def topics():
+            return sorted(publisher.topic_name for publisher in node.publishers)
+
+        configured = topics()
+        assert node.trigger_cleanup() == TransitionCallbackReturn.SUCCESS
+        clean = topics()
+        assert set(configured) - set(clean) == {
+            "/forward_position_controller/commands",
+            "/panda_hand_controller/commands",
+        }
+        with monkeypatch.context() as broken:
+            broken.setattr(node, "_announce", fail_with("after the sink was made"))
+            assert node.trigger_configure() == TransitionCallbackReturn.FAILURE
+        assert topics() == clean
+        path.write_text(text.replace("kind: position", "kind: delta"))
+        assert node.trigger_configure() == TransitionCallbackReturn.FAILURE
+        assert topics() == clean
+        path.write_text(text)
+        assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+        assert topics() == configured
+
+
+def test_a_pose_in_another_frame_than_that_of_the_twists_does_not_move_the_robot(capfd):
+    with controller(robot="panda_servo", lockstep=True) as node, peer_of(node) as (peer, until):
+        robot = node._profile.robot
+        joints = peer.create_publisher(JointState, "joint_states", reliable_qos(1))
+        poses = peer.create_publisher(PoseStamped, "ee_pose", reliable_qos(1))
+        pose = np.array([0.45, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0])
+        now_ns = node.get_clock().now().nanoseconds
+        actions = np.tile(np.array([0.1, 0, 0, 0, 0, 0, -1], np.float32), (10, 1))
+        chunk = ActionChunk(1, now_ns, PERIOD_NS, actions, robot.action_names, [], [], "policy", "planner")
+        node._on_chunk(chunk_to_message(chunk, ""))
+
+        def come(frame, condition):
+            def published():
+                joints.publish(array_to_joint_state(np.zeros(8), node._profile.joint_names, now_ns))
+                poses.publish(array_to_pose(pose, now_ns, frame))
+                return condition()
+
+            until(published)
+            return node._loop.tick(now_ns, node._source.snapshot())
+
+        arrived = lambda: "joint_position" in node._source.snapshot().values  # noqa: E731
+        step = come("base", lambda: arrived() and node._log.counts.get("ee_pose"))
+        assert (step.state, step.reason, step.detail) == (State.HOLDING, Reason.OBSERVATION_MISSING, "ee_pose")
+        assert "ee_pose" not in node._source.snapshot().values
+        come("panda_link0", lambda: "ee_pose" in node._source.snapshot().values)
+        np.testing.assert_array_equal(node._source.snapshot().values["ee_pose"], pose)
+    assert "sample of ee_pose refused: pose is in frame 'base', allowed is 'panda_link0'" in capfd.readouterr().err
 
 
 # --- parameters and heads --------------------------------------------------------------------------------------------
@@ -289,7 +485,9 @@ def test_a_defect_while_an_image_is_taken_does_not_end_the_camera(capfd):
 
     with ros():
         node = rclpy.create_node("owner")
-        source = ObservationSource(node, load_profile("libero"), False, EdgeLog(node), prepare=lambda *_: None)
+        source = ObservationSource(
+            node, load_profile("libero"), False, EdgeLog(node), lambda: 0, prepare=lambda *_: None
+        )
         for _ in range(2):
             source._prepare_and_put("agentview", (b"", convert))
         source.close()
@@ -417,7 +615,7 @@ def test_the_preparation_of_each_camera_is_logged_when_it_fails_again(capfd):
 
     with ros():
         node = rclpy.create_node("owner")
-        source = ObservationSource(node, load_profile("libero"), False, EdgeLog(node), prepare=prepare)
+        source = ObservationSource(node, load_profile("libero"), False, EdgeLog(node), lambda: 0, prepare=prepare)
         convert = {
             camera: source._preparing(camera, lambda serialized: (0, np.zeros(()))) for camera in ("agentview", "wrist")
         }

@@ -9,7 +9,14 @@ from rclpy.serialization import serialize_message
 from sensor_msgs.msg import Image
 
 from a2c2_ros.core.errors import ObservationError
-from a2c2_ros.nodes.conversions import ImageView, array_to_image, image_to_array, serialized_to_image
+from a2c2_ros.nodes.conversions import (
+    ImageView,
+    array_to_image,
+    array_to_pose,
+    image_to_array,
+    pose_to_array,
+    serialized_to_image,
+)
 
 
 def image(frame_id="camera", encoding="rgb8"):
@@ -34,6 +41,15 @@ def test_a_damaged_serialised_image_is_refused():
     for damaged in [serialized[:length] for length in range(len(serialized) - 3)] + [b"\xff\xff" + serialized[2:]]:
         with pytest.raises(ObservationError, match="image message"):
             serialized_to_image(damaged)
+
+
+def test_a_pose_is_taken_in_the_frame_that_is_asked_for_and_in_no_other():
+    values = np.array([0.1, -0.2, 0.3, 0.0, 0.6, 0.0, 0.8])
+    for asked, frame in (("base_link", "base_link"), ("", "base"), ("", "")):
+        np.testing.assert_array_equal(pose_to_array(array_to_pose(values, 0, frame), asked), values)
+    for frame in ("base", "/base_link", ""):
+        with pytest.raises(ObservationError, match=f"pose is in frame '{frame}', allowed is 'base_link'"):
+            pose_to_array(array_to_pose(values, 0, frame), "base_link")
 
 
 def test_an_image_in_bgr_is_one_that_torch_takes():

@@ -71,9 +71,10 @@ class Bench:
     def _begin(self, policy):
         assert policy.begun.acquire(timeout=WAIT_S)
 
-    def observe(self, step, only=None):
-        """A sample of every stream at a step."""
-        self.now_ns = stamp_ns = T0_NS + step * STEP_NS
+    def observe(self, step, only=None, at_ns=None):
+        """A sample of every stream at a step, which arrives at once or at a time of the planner's clock."""
+        stamp_ns = T0_NS + step * STEP_NS
+        self.now_ns = stamp_ns if at_ns is None else at_ns
         streams = {n: s for n, s in PROFILE.robot.streams.items() if only is None or n in only}
         values = {name: np.zeros(spec.shape, spec.dtype) for name, spec in streams.items()}
         self.observation = Observation(values, dict.fromkeys(streams, stamp_ns))
@@ -217,6 +218,20 @@ def test_a_policy_of_another_rate_state_or_action_is_refused(monkeypatch, capfd,
     with planner(monkeypatch, policy, activate=False) as configured:
         assert configured == (match is None)
     assert match is None or match in capfd.readouterr().err
+
+
+def test_how_far_in_the_future_a_stamp_may_lie_is_set_as_in_the_controller(bench):
+    bench.say("go")
+    bench.observe(0)
+    bench.inference_begins()
+    bench.inference_ends()
+    before = len(bench.policy.instructions)
+    bench.now_ns = T0_NS + 20 * STEP_NS - 2 * 10**8
+    bench.observe(20, at_ns=bench.now_ns)
+    assert len(bench.policy.instructions) == before, "0.2 s ahead"
+    assert bench.node.set_parameters([Parameter("future_tolerance_s", value=0.3)])[0].successful
+    bench.observe(20, at_ns=bench.now_ns)
+    bench.inference_begins()
 
 
 def test_it_says_why_it_does_not_infer(bench, capfd):

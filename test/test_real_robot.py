@@ -90,6 +90,44 @@ def test_the_launch_file_describes_the_same(monkeypatch):
     ]
 
 
+def edited(tmp_path, robot, *changes):
+    """A shipped profile with other texts in it."""
+    text = robot_profile(robot).read_text()
+    for old, new in changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "edited.yaml").write_text(text)
+    return load_profile(str(tmp_path / "edited.yaml"))
+
+
+def test_poses_have_to_be_in_the_frame_of_the_twists_or_in_the_one_that_the_profile_names(tmp_path):
+    assert [load_profile(robot).ee_pose_frame for robot in ROBOTS] == ["panda_link0", "base_link"]
+    for robot, default in (("panda_servo", "panda_link0"), ("libero", "")):
+        named = (("  topic: ee_pose", "  frame_id: base\n  topic: ee_pose"),)
+        assert edited(tmp_path, robot, *named).ee_pose_frame == "base"
+        assert edited(tmp_path, robot).ee_pose_frame == default
+    with pytest.raises(ConfigError, match=r"entry 'ee_pose.frame_id' is 7, allowed is a text"):
+        edited(tmp_path, "panda_servo", ("  topic: ee_pose", "  frame_id: 7\n  topic: ee_pose"))
+
+
+def test_a_gripper_command_needs_its_effort(tmp_path):
+    """What its goal does not say is 0 N to a driver that grasps with the force of the goal."""
+
+    def effort(kind, *more):
+        change = "\n".join((f"  kind: {kind}", *more))
+        return edited(tmp_path, "panda", ("  kind: float64_multi_array", change)).gripper.max_effort
+
+    with pytest.raises(
+        ConfigError, match=r"entry 'gripper.max_effort' is None, allowed is a number above 0 \[N or N m\]"
+    ):
+        effort("gripper_command")
+    with pytest.raises(ConfigError, match=r"entry 'gripper.max_effort' is 0, allowed is a number above 0"):
+        effort("gripper_command", "  max_effort: 0")
+    assert effort("gripper_command", "  max_effort: 20.0") == 20.0
+    parallel = ("parallel_gripper_command", "  joint: finger")
+    assert (effort(*parallel), effort(*parallel, "  max_effort: 5.0")) == (0.0, 5.0)
+
+
 # --- the task without ROS --------------------------------------------------------------------------------------------
 
 
@@ -227,6 +265,7 @@ def test_twists_move_it_until_they_are_old_and_only_in_the_base_frame(driver):
     twists = driver.node.create_publisher(TwistStamped, "servo_node/delta_twist_cmds", reliable_qos(1))
     driver.spin_until(lambda: poses, "poses")
     start = poses[-1].pose.position.z
+    assert poses[-1].header.frame_id == "base_link"
 
     def twist(frame="base_link", **linear):
         message = TwistStamped()

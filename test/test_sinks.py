@@ -208,6 +208,13 @@ def test_a_gripper_with_a_trajectory_of_its_own(bench):
     assert list(gripper.points[0].positions) == pytest.approx([0.8], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["panda_servo", "so101", "ur5e"])
+def test_a_sink_that_is_closed_leaves_nothing_behind(bench, name):
+    before = list(bench.robot.publishers)
+    bench.sink(load_profile(name)).close()
+    assert list(bench.robot.publishers) == before
+
+
 def with_action(kind):
     profile = load_profile("panda_servo")
     return replace(profile, gripper=replace(profile.gripper, kind=kind, joint="finger", max_effort=20.0))
@@ -216,8 +223,10 @@ def with_action(kind):
 @pytest.mark.skipif(HAS_CONTROL_MSGS, reason="control_msgs is installed")
 @pytest.mark.parametrize("kind", ["gripper_command", "parallel_gripper_command"])
 def test_a_gripper_s_action_without_control_msgs_is_refused(bench, kind):
+    before = list(bench.robot.publishers)
     with pytest.raises(ConfigError, match=f"gripper.kind is '{kind}', which needs control_msgs"):
         make_sink(bench.robot, with_action(kind))
+    assert list(bench.robot.publishers) == before
 
 
 @pytest.mark.skipif(not HAS_CONTROL_MSGS, reason="control_msgs is not installed")
@@ -279,6 +288,9 @@ class Client:
     def answer(self, accepted):
         self.unanswered.pop(0).set_result(SimpleNamespace(accepted=accepted))
 
+    def destroy(self):
+        self.up = None
+
 
 class ActionBench:
     """A gripper's action without ROS: what the executor would do is done at once."""
@@ -303,7 +315,15 @@ class ActionBench:
 
     def create_guard_condition(self, callback, callback_group=None):
         self.guard_group = callback_group
-        return SimpleNamespace(trigger=callback)
+        self.guard = SimpleNamespace(trigger=callback)
+        return self.guard
+
+    def destroy_publisher(self, publisher):
+        pass
+
+    def destroy_guard_condition(self, guard):
+        assert guard is self.guard
+        self.guard = None
 
     def create_timer(self, period_s, callback, callback_group=None, **others):
         self.timers.append(callback)
@@ -382,6 +402,15 @@ def test_a_gripper_s_action_is_in_the_callback_group_that_was_given(action):
     assert action.client.group is action.guard_group is action.group
 
 
+def test_a_gripper_s_action_that_is_closed_sends_nothing_more(action):
+    send_goal, action.guard.trigger = action.guard.trigger, lambda: None
+    action.command(1.0)
+    action.sink.close()
+    assert action.guard is None and action.client.up is None
+    send_goal()  # the executor had seen the trigger before
+    assert action.client.goals == [] and action.errors == []
+
+
 # --- compressed images -----------------------------------------------------------------------------------------------
 
 
@@ -448,7 +477,7 @@ def test_raw_and_compressed_cameras_side_by_side(bench):
     streams = {"raw": spec, "compressed": spec, "joint_position": profile.robot.streams["joint_position"]}
     profile = replace(profile, cameras=cameras, robot=replace(profile.robot, streams=streams))
     log = EdgeLog(bench.robot)
-    source = ObservationSource(bench.robot, profile, lockstep=True, log=log)
+    source = ObservationSource(bench.robot, profile, lockstep=True, log=log, future_tolerance_ns=lambda: 0)
     raw = bench.driver.create_publisher(Image, "raw/image", sensor_qos(True))
     packed = bench.driver.create_publisher(CompressedImage, "compressed/image", sensor_qos(True))
     bench.spin_until(lambda: raw.get_subscription_count() and packed.get_subscription_count())

@@ -53,6 +53,10 @@ class Sink(Protocol):
         """Do everything but send."""
         ...
 
+    def close(self) -> None:
+        """Give back what was made on the node; called by the executor's thread, nothing is sent afterwards."""
+        ...
+
 
 def make_sink(node: Node, profile: Profile, callback_group: CallbackGroup | None = None) -> Sink:
     """The sink of a profile.
@@ -73,11 +77,13 @@ class RobotSink:
 
     def __init__(self, node: Node, profile: Profile, callback_group: CallbackGroup | None) -> None:
         command = profile.command
+        self._node = node
         self.wants_rest = command.points == "chunk"
         self._mapping = command.mapping
         self._message = MESSAGES[command.kind](command)
-        self._publisher = node.create_publisher(self._message.message_type, command.topic, reliable_qos(1))
+        # First, because it may be refused: nothing is left behind on the node then.
         self._gripper = None if profile.gripper is None else _Gripper(node, profile.gripper, callback_group)
+        self._publisher = node.create_publisher(self._message.message_type, command.topic, reliable_qos(1))
 
     def send(self, command: np.ndarray, stamp_ns: int, rest: np.ndarray | None = None) -> None:
         """See :class:`Sink`."""
@@ -88,6 +94,12 @@ class RobotSink:
     def rehearse(self, command: np.ndarray, stamp_ns: int) -> None:
         """See :class:`Sink`."""
         serialize_message(self._filled(command, stamp_ns, None))
+
+    def close(self) -> None:
+        """See :class:`Sink`."""
+        self._node.destroy_publisher(self._publisher)
+        if self._gripper is not None:
+            self._gripper.close()
 
     def _filled(self, command: np.ndarray, stamp_ns: int, rest: np.ndarray | None) -> Any:
         values = self._mapping.to_driver(command)
@@ -210,16 +222,23 @@ class _Gripper:
             self._sent, self._sent_ns = value, stamp_ns
             self._driver.send(value, stamp_ns)
 
+    def close(self) -> None:
+        self._driver.close()
+
 
 class _GripperTopic:
     repeats = True
 
     def __init__(self, node: Node, spec: GripperSpec) -> None:
+        self._node = node
         self._message = MESSAGES[spec.kind](spec)
         self._publisher = node.create_publisher(self._message.message_type, spec.topic, reliable_qos(1))
 
     def send(self, value: float, stamp_ns: int) -> None:
         self._publisher.publish(self._message.filled(np.array([value]), stamp_ns, None))
+
+    def close(self) -> None:
+        self._node.destroy_publisher(self._publisher)
 
 
 class _GripperAction:
@@ -237,6 +256,7 @@ class _GripperAction:
             raise ConfigError(
                 f"gripper.kind is {spec.kind!r}, which needs control_msgs with the action {name}: {error}"
             ) from error
+        self._node = node
         self._spec = spec
         self._log = EdgeLog(node)
         self.repeats = True  # until the goal that was wanted last is accepted; only the executor's thread writes it
@@ -248,6 +268,11 @@ class _GripperAction:
     def send(self, value: float, stamp_ns: int) -> None:
         self._wanted.append(value)
         self._ready.trigger()
+
+    def close(self) -> None:
+        self._wanted.clear()  # the executor may still hold a trigger, and the client is gone then
+        self._node.destroy_guard_condition(self._ready)
+        self._client.destroy()
 
     def _send_goal(self) -> None:
         if not self._wanted:

@@ -12,7 +12,7 @@ from sensor_msgs.msg import JointState
 from std_msgs.msg import String
 
 from a2c2_ros.core.chunk import ActionChunk
-from a2c2_ros.core.config import FUTURE_TOLERANCE_S, PlannerConfig
+from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.health import planner_status
 from a2c2_ros.core.observation import Observation
@@ -120,7 +120,14 @@ class ChunkPlanner(ManagedNode):
         self._takeover_subscription = self.create_subscription(
             JointState, "takeover", self._on_takeover, reliable_qos(1)
         )
-        self._source = ObservationSource(self, self._profile, self._settings.value.lockstep, self._log, self._on_sample)
+        self._source = ObservationSource(
+            self,
+            self._profile,
+            self._settings.value.lockstep,
+            self._log,
+            lambda: self._settings.value.future_tolerance_ns,
+            self._on_sample,
+        )
         self._report_timer = self.create_timer(
             DIAGNOSTICS_PERIOD_S, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME)
         )
@@ -174,7 +181,7 @@ class ChunkPlanner(ManagedNode):
 
     def _on_takeover(self, message: JointState) -> None:
         # The stamp and not the arrival: the controller counts from there. It refuses one from the future.
-        latest_ns = self.get_clock().now().nanoseconds + round(FUTURE_TOLERANCE_S * 1e9)
+        latest_ns = self.get_clock().now().nanoseconds + self._settings.value.future_tolerance_ns
         given_ns = min(to_ns(message.header.stamp), latest_ns)
         self._schedule.replan(given_ns + self._settings.value.takeover_timeout_ns)
 
@@ -204,7 +211,7 @@ class ChunkPlanner(ManagedNode):
         """Why no inference starts from an observation in real time, and the stream; None: it is good."""
         limits = {name: spec.max_age_ns for name, spec in self._profile.robot.streams.items()}
         now_ns = self.get_clock().now().nanoseconds
-        return stale_stream(observation.ages_ns(now_ns), limits, round(FUTURE_TOLERANCE_S * 1e9))
+        return stale_stream(observation.ages_ns(now_ns), limits, self._settings.value.future_tolerance_ns)
 
     def _pump(self) -> None:
         """Publish what is due, start what is wanted, answer the newest observation; called on every event."""

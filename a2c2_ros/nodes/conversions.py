@@ -171,8 +171,18 @@ def array_to_joint_state(values: np.ndarray, names: tuple[str, ...], stamp_ns: i
     return message
 
 
-def pose_to_array(message: PoseStamped) -> np.ndarray:
-    """(7,) float64: position x y z [m], orientation x y z w."""
+def pose_to_array(message: PoseStamped, frame_id: str = "") -> np.ndarray:
+    """(7,) float64: position x y z [m], orientation x y z w.
+
+    Args:
+        message: The pose.
+        frame_id: In which it has to be; "": in any.
+
+    Raises:
+        ObservationError: If it is in another frame.
+    """
+    if frame_id and message.header.frame_id != frame_id:
+        raise ObservationError(f"pose is in frame {message.header.frame_id!r}, allowed is {frame_id!r}")
     p, q = message.pose.position, message.pose.orientation
     return np.array([p.x, p.y, p.z, q.x, q.y, q.z, q.w], dtype=np.float64)
 

@@ -18,6 +18,8 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import ClockType
+from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.task import Future
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool
@@ -64,6 +66,14 @@ PREPARATION_LONGEST_S = 0.01
 DIAGNOSTICS_PERIOD_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 """How long ~/enable waits for the control loop."""
+NOT_ENABLED = "the control loop does not answer (does the clock stand still?): nothing was changed"
+NOT_YET_STOPPED = (
+    "NOT STOPPED YET: the control loop does not answer (does the clock stand still?) and stops as soon as it does; use "
+    "the robot's own emergency stop"
+)
+STOP_DEPTH = 1000
+"""Messages of the emergency stop that may wait for the executor, which waits for a loop that does not answer or for a
+head that loads: a press must not be pushed out by what comes after it."""
 
 
 class CorrectionController(ManagedNode):
@@ -92,6 +102,8 @@ class CorrectionController(ManagedNode):
             self, ControllerConfig(), self._validate, self._apply, frozenset({"correction.model_path"})
         )
         self._sink: Sink | None = None
+        self._step_publisher = None
+        self._pressed: dict[ReliabilityPolicy, bool] = {}  # the emergency stop, as each subscription last heard it
         self._source: ObservationSource | None = None
         self._thread: TickThread | None = None
         self._timer = None
@@ -112,6 +124,7 @@ class CorrectionController(ManagedNode):
             self.autostart()
 
     def configure(self) -> None:
+        self.cleanup()  # a defect in another transition leaves the last configuration behind
         config = self._settings.value
         self._profile = load_profile(config.robot)
         self._profile.check_rate(config.control_rate_hz)
@@ -122,24 +135,36 @@ class CorrectionController(ManagedNode):
             dataclasses.replace(config, correction__enabled=False, start_state="enabled"), self._profile.robot
         )
         self._stream_names = tuple(self._profile.robot.streams)
-        if self._sink is None:  # the robot cannot change: what was made once serves every configuration
-            self._sink = make_sink(self, self._profile, callback_group=self._inputs)
-            self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
-            self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", reliable_qos(10))
-            self._configuration_publisher = self.create_publisher(
-                ControlConfiguration, "control_configuration", latched_qos(10)
-            )
-            # A stop has to be heard in every state.
-            self.create_service(SetBool, "~/enable", self._on_enable, callback_group=self._inputs)
-            self.create_subscription(
-                Bool, "emergency_stop", self._on_emergency_stop, reliable_qos(10), callback_group=self._inputs
-            )
+        # The file may have been edited since the last configuration: loop and sink are of one and the same profile.
+        self._sink = make_sink(self, self._profile, callback_group=self._inputs)
+        if self._step_publisher is None:
+            self._open_topics()
         self._revision = self._announce(config, self._head)
         clock = "simulated" if self.get_clock().ros_time_is_active else "system"
         self.get_logger().info(
             f"configured: robot {self._profile.robot.name}, {config.control_rate_hz:g} Hz on the {clock} clock, "
             f"{'lockstep' if config.lockstep else 'real time'}, head {config.correction__model_path}"
         )
+
+    def _open_topics(self) -> None:
+        """What serves every configuration, from the first one on; a stop first."""
+        # A stop has to be heard in every state.
+        self.create_service(SetBool, "~/enable", self._on_enable, callback_group=self._inputs)
+        # The best-effort subscription alone would hear every publisher, too, but it may lose what a reliable one says.
+        for reliability in (ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT):
+            self.create_subscription(
+                Bool,
+                "emergency_stop",
+                partial(self._on_emergency_stop, heard_by=reliability),
+                QoSProfile(depth=STOP_DEPTH, reliability=reliability),
+                callback_group=self._inputs,
+                event_callbacks=SubscriptionEventCallbacks(incompatible_qos=self._on_other_stop_qos),
+            )
+        self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", reliable_qos(10))
+        self._configuration_publisher = self.create_publisher(
+            ControlConfiguration, "control_configuration", latched_qos(10)
+        )
+        self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
 
     def activate(self) -> None:
         config = self._settings.value
@@ -154,9 +179,9 @@ class CorrectionController(ManagedNode):
             self._profile,
             config.lockstep,
             self._log,
+            lambda: self._settings.value.future_tolerance_ns,
             self._run_if_ready,
             prepare,
-            lambda: self._settings.value.future_tolerance_ns,
             self._inputs,
             config.realtime__priority - 1,
             PREPARATION_LONGEST_S,
@@ -223,6 +248,9 @@ class CorrectionController(ManagedNode):
 
     def cleanup(self) -> None:
         self._loop = None
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
 
     def close(self) -> None:
         """Stop working; the node is about to be destroyed."""
@@ -318,8 +346,16 @@ class CorrectionController(ManagedNode):
         else:
             self._posted.append(change)
 
-    def _ask(self, change: Callable[[], Any]) -> Any:
-        """As :meth:`_post`, and wait for the result or exception."""
+    def _ask(self, change: Callable[[], Any], keep: bool) -> Any:
+        """As :meth:`_post`, and wait for the result or exception.
+
+        Args:
+            change: What is to be done.
+            keep: A change that was not made in time is made later; else never.
+
+        Raises:
+            TimeoutError: If the loop does not answer within ``ANSWER_TIMEOUT_S``.
+        """
         answer = ConcurrentFuture()
 
         def run_it() -> None:
@@ -334,8 +370,10 @@ class CorrectionController(ManagedNode):
         try:
             return answer.result(timeout=ANSWER_TIMEOUT_S)
         except TimeoutError:
-            answer.cancel()  # the person is told that it did not happen, so it must not happen later
-            raise
+            # The person is told that it did not happen, so it must not happen later, unless it is a stop.
+            if keep or answer.cancel():
+                raise
+            return answer.result()  # the loop has just begun with it
 
     def _take_posted(self) -> None:
         while self._posted:
@@ -368,17 +406,31 @@ class CorrectionController(ManagedNode):
             response.message = "not configured, allowed is to configure first"
             return response
         try:
-            self._ask(self._latch.enable if request.data else self._latch.disable)
-        except (StateError, TimeoutError) as error:
-            response.message = str(error) or "the control loop does not answer: does the clock stand still?"
+            self._ask(self._latch.enable if request.data else self._latch.disable, keep=not request.data)
+        except StateError as error:
+            response.message = str(error)
+            return response
+        except TimeoutError:
+            response.message = NOT_ENABLED if request.data else NOT_YET_STOPPED
+            self.get_logger().error(f"~/enable: {response.message}")
             return response
         response.success = True
         response.message = "enabled" if request.data else "disabled"
         self.get_logger().info(f"{response.message} by ~/enable")
         return response
 
-    def _on_emergency_stop(self, message: Bool) -> None:
-        self._post(lambda: self._latch.emergency_stop(message.data, self.get_clock().now().nanoseconds))
+    def _on_emergency_stop(self, message: Bool, heard_by: ReliabilityPolicy = ReliabilityPolicy.RELIABLE) -> None:
+        # A message of a reliable publisher comes twice, and its two copies in any order with those of the messages
+        # around it: a release counts when both subscriptions have heard it, else a late copy could undo a newer press.
+        self._pressed[heard_by] = message.data
+        pressed = any(self._pressed.values())
+        self._post(lambda: self._latch.emergency_stop(pressed, self.get_clock().now().nanoseconds))
+
+    def _on_other_stop_qos(self, event: object) -> None:
+        # In place of rclpy's text, which says that no message will be received.
+        self.get_logger().warning(
+            "emergency_stop has a best-effort publisher: it is heard, but messages may be lost; reliable is safer"
+        )
 
     def _on_takeover(self, message: JointState) -> None:
         try:

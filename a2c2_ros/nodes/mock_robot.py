@@ -198,7 +198,7 @@ class MockRobot(PlainNode):
         message.velocity = self._arm.velocity.tolist()
         self._joints.publish(message)
         if self._pose is not None:
-            self._pose.publish(array_to_pose(pose, now_ns, self._profile.command.frame_id or "base"))
+            self._pose.publish(array_to_pose(pose, now_ns, self._profile.ee_pose_frame or "base"))
 
     def _ask_to_look(self) -> None:
         self._worker.submit("look", self._now_ns())

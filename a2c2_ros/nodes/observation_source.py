@@ -14,7 +14,6 @@ from rclpy.node import Node
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
-from a2c2_ros.core.config import FUTURE_TOLERANCE_S
 from a2c2_ros.core.errors import HeadError, ObservationError
 from a2c2_ros.core.observation import Observation, ObservationBuffer
 from a2c2_ros.drivers.profile import CameraTopic, Profile
@@ -41,10 +40,10 @@ class ObservationSource:
         profile: The robot.
         lockstep: Subscribe reliably.
         log: Where problems go, one key per stream and one per camera's preparation.
+        future_tolerance_ns: How far a stamp may lie in the future [ns]; not used in lockstep.
         on_sample: Called after each accepted or repeated sample, by the executor's thread.
         prepare: Called with camera and image before the image counts as arrived, in a thread of its own, for work that
             is better done once per image than in the tick. An image that could not be begun in time is dropped.
-        future_tolerance_ns: How far a stamp may lie in the future [ns]; not used in lockstep.
         callback_group: Of the subscriptions, None for the node's default.
         priority: SCHED_FIFO priority of the thread of ``prepare``, 0 for none.
         longest_s: After a preparation that took longer [s] the next one has no priority.
@@ -56,9 +55,9 @@ class ObservationSource:
         profile: Profile,
         lockstep: bool,
         log: EdgeLog,
+        future_tolerance_ns: Callable[[], int],
         on_sample: Callable[[], None] = lambda: None,
         prepare: Callable[[str, np.ndarray], None] | None = None,
-        future_tolerance_ns: Callable[[], int] = lambda: round(FUTURE_TOLERANCE_S * 1e9),
         callback_group: CallbackGroup | None = None,
         priority: int = 0,
         longest_s: float = math.inf,
@@ -164,7 +163,8 @@ def sensor_topics(profile: Profile) -> dict[str, SensorTopic]:
     joints = _stamped(lambda m: joint_state_to_array(m, profile.joint_names))
     topics = {"joint_position": SensorTopic(JointState, profile.joint_states_topic, joints)}
     if profile.ee_pose_topic is not None:
-        topics["ee_pose"] = SensorTopic(PoseStamped, profile.ee_pose_topic, _stamped(pose_to_array))
+        pose = _stamped(lambda m: pose_to_array(m, profile.ee_pose_frame))
+        topics["ee_pose"] = SensorTopic(PoseStamped, profile.ee_pose_topic, pose)
     for camera in profile.cameras:
         message_type = CompressedImage if camera.transport == "compressed" else Image
         topics[camera.name] = SensorTopic(message_type, camera.topic, _image_converter(camera), image=True)
