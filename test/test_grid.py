@@ -38,7 +38,7 @@ rows:
 pairs: [[40, 10], [10, 0], [50, 0]]
 more:
   - {{rows: [naive, a2c2], pairs: [[10, 0]], episodes: 5}}
-headline: {{naive: naive, plain: a2c2, best: a2c2}}
+headline: {{naive: naive, a2c2: a2c2}}
 quick: {{tasks: 3, episodes: 1, rows: [naive], pairs: [[10, 0]], results: {folder}/quick}}
 """
 EPISODES = 8 * 2 * 3 + 2 * 2 * 2
@@ -115,6 +115,9 @@ def test_the_shipped_grid_has_the_pairs_and_rows_that_were_promised():
         ("tasks: 0,3", "tasks: 0-10", "10"),
         ("rows:\n", "rows: 3\nold:\n", "rows is 3"),
         ("{label: naive, method: naive}", "{label: naive, methode: naive}", "methode"),
+        ("a2c2: a2c2}", "a2c2: a2c2, moving: [gone]}", r"headline names \['gone'\]"),
+        ("a2c2: a2c2}", "a2c2: a2c2, moving: naive}", "headline.moving is 'naive'"),
+        ("a2c2: a2c2}", "a2c2: a2c2, best: a2c2}", r"unknown \['best'\]"),
     ],
 )
 def test_what_is_wrong_in_a_grid_file_is_named(folder, old, new, words):
@@ -202,6 +205,28 @@ def test_a_repeated_evaluation_that_comes_out_otherwise_replaces_the_result(fold
     path.write_text(json.dumps(told))
     run(folder)
     assert path.read_text() == mine
+
+
+def test_a_result_with_more_episodes_is_kept_unless_the_weights_are_others(folder, capsys):
+    run(folder)
+    path = folder / "results" / "a2c2_e40_d10.json"
+    told = json.loads(path.read_text())
+    more = [
+        rollout | {"initial_state": n, "success": False, "error": None} for n in (3, 4) for rollout in told["rollouts"]
+    ]
+    path.write_text(json.dumps(told | {"rollouts": more}))
+    before = path.read_text()
+    run(folder)
+    assert path.read_text() == before
+    fine = cells.outcomes(told)
+    assert f"a2c2_e40_d10.json is kept: it has 12 valid episodes of the same settings, {len(fine)} were run here" in (
+        capsys.readouterr().err
+    )
+    write_head(folder / "head.onnx", "p1", parameters=1)
+    os.utime(folder / "head.onnx", ns=(2, 2))
+    run(folder)
+    assert cells.outcomes(json.loads(path.read_text())) == fine
+    assert "is replaced: 12 valid episodes of other settings (head_sha256" in capsys.readouterr().err
 
 
 def test_a_row_is_compared_with_naive_under_the_same_conditions(folder):
@@ -380,20 +405,33 @@ def test_page_of_a_part_and_of_all(folder):
     assert "0 of 8 cells are complete." in text
     assert not list(folder.glob("*.png"))
     assert "No records." in text
+    assert "- naive, a2c2, expert, sync: all\n" in text
     record = {"head": {}, "policy_id": "p1", "architecture": "compact without tau", "parameters": 1000, "steps": 7}
     record |= {"seconds": 2.0, "history": [{"error": 0.5}, {"base_error": 0.2, "error": 0.1, "error_0": 0.05}]}
     (folder / "results" / "training").mkdir(parents=True)
     (folder / "results" / "training" / "no_time.json").write_text(json.dumps(record))
-    (folder / "results" / "training" / "flow.json").write_text(json.dumps({"policy_id": "p1"}))
+    best = {"error": 0.25, "error_0": 0.125, "error_40": 0.5}
+    flow = {"policy_id": "p1", "parameters": 2000, "steps": 9, "seconds": 3.0, "history": [{}]}
+    flow["validation_error_by_temperature"] = {"0.0": best, "1.0": best | {"error": 0.3}}
+    (folder / "results" / "training" / "flow.json").write_text(json.dumps(flow))
+    (folder / "results" / "training" / "copied.json").write_text(json.dumps(flow | {"copy_of": "p1"}))
     report.write(loaded)
-    assert "| no_time | p1 | compact without tau | 1,000 | 7 | 2 | 0.200 | 0.100 | 0.050 |  |" in page.read_text()
-    assert "| flow |" not in page.read_text()
+    assert "| no_time | p1 | compact without tau | 1,000 | 7 | 0.200 | 0.100 | 0.050 |  |" in page.read_text()
+    assert "| flow | 2,000 | 9 | 0.250 | 0.125 | 0.500 |" in page.read_text()
+    assert "copied" not in page.read_text(), "it was not trained"
     first = FakeWorkers()
     run(folder, first, workers=1, stop=lambda: len(first.ran) >= 10)
     report.write(loaded)
     successes, episodes, _ = expected("", "naive", 40, 10, 3, folder)
     assert f"| 40 | 10 | 64.4% | {report.percent(successes / episodes)} [" in page.read_text()
+    assert "- naive: all but (40, 10)\n" in page.read_text() and "- a2c2, expert, sync: all\n" in page.read_text()
     assert (folder / "page_static.png").stat().st_size > 10_000
+    run(folder)
+    for path in (folder / "results").glob("naive_e10_d0.json"):
+        path.write_text(path.read_text().replace('"episodes_per_task": 5', '"episodes_per_task": 3'))
+    report.write(loaded)
+    assert "- naive: (10, 0) has 3 of 5 episodes per task\n" in page.read_text()
+    shutil.rmtree(folder / "results")
     run(folder)
     report.write(loaded)
     text = page.read_text()
@@ -401,21 +439,23 @@ def test_page_of_a_part_and_of_all(folder):
     assert re.search(
         r"a2c2 has more successes than naive in \d of 3 pairs .*; after Holm's correction for 3 tests", text
     )
-    assert "sync_e10_d0: the same method as naive_e10_d0" in text
+    assert "Planned, not run" not in text and "sync_e10_d0" not in text
     report.write(loaded)
     assert page.read_text() == text
 
 
-def fake_result(folder, method, horizon, delay, successes):
+def fake_result(folder, method, horizon, delay, successes, *, label="", variant="static"):
     cell = Cell(
-        label=method,
+        label=label or method,
         method=method,
+        variant=variant,
         horizon=horizon,
         delay=delay,
         policy=f"{folder}/policy",
         head=f"{folder}/head.onnx" if method == "a2c2" else "",
     )
     record = {"error": None, "steps": 10, "seconds": 1.0, "inference_ms": [], "head_ms": [], "states": {}}
+    record["failure"] = "held"
     places = [{"task": task, "initial_state": n, "success": n < successes} for task in (0, 3) for n in range(10)]
     result = cells.summarise(cell, cells.settings(cell), [0, 3], [record | place for place in places])
     cells.write_result(folder / "results" / f"{cell.name}.json", result)
@@ -474,11 +514,94 @@ def test_targets_are_met_missed_or_not_run(folder):
     assert found["a2c2 (40, 10)"][1] is True
     assert found["a2c2 above naive (40, 10)"] == ("+50.0 (p = 0.002, n = 20)", True)
     assert found["a2c2 above naive (50, 0)"] == ("not run", None)
-    assert found["recovery of a2c2 (shipped head)"][0].startswith("1.00 [")
-    assert found["recovery of a2c2 (shipped head)"][1] is True
-    assert found["recovery of a2c2 (best head)"][1] is False
+    assert found["recovery of a2c2 (our recipe)"][0].startswith("1.00 [")
+    assert found["recovery of a2c2 (our recipe)"][1] is False
     assert found["a2c2 significantly below naive"] == ("at (10, 0); 2 of 3 cells were run", False)
-    assert found["a2c2 on moving above naive (40, 10)"][1] is None
+    assert not any("paper" in what for what in found)
+
+
+def test_heads_towards_the_papers_recipe_and_things_that_move_have_targets_of_their_own(folder):
+    text = (folder / "grid.yaml").read_text()
+    rows = f"  - {{label: paper, method: a2c2, head: {folder}/head.onnx}}\n  - {{label: later, method: a2c2}}\n"
+    rows += "  - {label: n_push, method: naive, variant: push}\n  - {label: a_push, method: a2c2, variant: push}\n"
+    text = text.replace("pairs: [[40", f"{rows}pairs: [[40", 1)
+    text = text.replace("a2c2: a2c2}", "a2c2: a2c2, paper_recipe: [paper, later], moving: [a_push]}")
+    (folder / "grid.yaml").write_text(text)
+    loaded = grid.load_grid(folder / "grid.yaml")
+    for label, method, variant, e, d, successes in (
+        ("naive", "naive", "static", 40, 10, 4),
+        ("naive", "naive", "static", 10, 0, 8),
+        ("paper", "a2c2", "static", 40, 10, 6),
+        ("n_push", "naive", "push", 40, 10, 1),
+        ("a_push", "a2c2", "push", 40, 10, 4),
+    ):
+        fake_result(folder, method, e, d, successes, label=label, variant=variant)
+    found = {what: (target, text, met) for what, target, text, met in report.targets(report.Results(loaded, "test"))}
+    target, text, met = found["recovery of paper (towards the paper's recipe)"]
+    assert (target, met) == ("at least 1.0", False) and text.startswith("0.50 [")
+    assert found["recovery of later (towards the paper's recipe)"] == ("at least 1.0", "not run", None)
+    assert found["a_push above naive (40, 10)"][1:] == ("+30.0 (p = 0.031, n = 20)", True)
+
+
+def test_results_of_another_renderer_are_not_compared(folder):
+    loaded = grid.load_grid(folder / "grid.yaml")
+    for method, e, d, successes in (("naive", 40, 10, 4), ("a2c2", 40, 10, 9), ("naive", 10, 0, 9)):
+        fake_result(folder, method, e, d, successes)
+    row, naive = loaded.row("a2c2"), loaded.row("naive")
+    assert report.Results(loaded, "test").recovery(row, naive).value == 1.0
+    path = folder / "results" / "a2c2_e40_d10.json"
+    path.write_text(path.read_text().replace('"renderer": "', '"renderer": "other-'))
+    found = report.Results(loaded, "test")
+    assert found.get(row, (40, 10)) and found.difference(row, (40, 10)) is None and found.recovery(row, naive) is None
+    report.write(loaded)
+    assert "a2c2_e40_d10 is not compared with naive_e40_d10: renderer other-" in (folder / "page.md").read_text()
+
+
+def test_the_grid_shows_every_row_on_the_same_initial_states(folder):
+    """Table 1 has more of them."""
+    loaded = grid.load_grid(folder / "grid.yaml")  # 3 per task, of which the naive results below have 10
+    fake_result(folder, "naive", 10, 0, 2)
+    fake_result(folder, "a2c2", 10, 0, 9)
+    found = report.Results(loaded, "test")
+    text = report.grid_section(found)
+    assert "| naive | 66.7% [" in text and "| a2c2 | 100% [" in text and "states 0 to 2 of each" in text
+    assert "(40, 10)" not in text, "a column without any result"
+    assert "| 20% [" in report.paper_table(found, paper.TABLE_1)
+    (curve,) = [c for c in report._curves(found, "static", {10: (10, 0)}) if c.label == "naive"]
+    assert curve.points[10][0] == pytest.approx(2 / 3)
+
+
+def test_rows_with_pairs_of_their_own_are_shown_with_their_difference_to_a_baseline(folder):
+    text = (folder / "grid.yaml").read_text()
+    rows = f"  - {{label: tried, method: a2c2, head: {folder}/head.onnx, baseline: a2c2, pairs: [[10, 0]]}}\n"
+    text = text.replace("pairs: [[40", f"{rows}pairs: [[40", 1).replace("episodes: 3", "episodes: 10")
+    (folder / "grid.yaml").write_text(text.replace("episodes: 5", "episodes: 20"))
+    loaded = grid.load_grid(folder / "grid.yaml")
+    for label, method, successes in (("naive", "naive", 2), ("a2c2", "a2c2", 9), ("tried", "a2c2", 5)):
+        fake_result(folder, method, 10, 0, successes, label=label)
+    text = report.grid_section(report.Results(loaded, "test"))
+    assert "| row | compared with | (10, 0) |\n" in text
+    assert "| tried | a2c2 | 50%, -40 (p = 0.0078) |" in text
+    assert "| sync | naive | = 20% |" in text, "the same episodes are no comparison"
+    assert "Holm's" not in text, "nothing to adjust for"
+    fake_result(folder, "naive", 40, 10, 4)
+    fake_result(folder, "a2c2", 40, 10, 6)  # p = 0.125
+    text = report.grid_section(report.Results(loaded, "test"))
+    assert "Holm's correction over a row's own pairs: a2c2 1 of 2 above naive.\n" in text
+
+
+def test_short_tables_have_the_rows_that_the_headline_names(folder):
+    fake_result(folder, "naive", 40, 10, 5)
+    fake_result(folder, "a2c2", 40, 10, 9)
+    fake_result(folder, "sync", 40, 10, 8)
+    path = folder / "grid.yaml"
+    text = path.read_text()
+    for lists, lines in (("", 3), (", tasks: [sync], failures: [sync], speed: [sync]", 1)):
+        path.write_text(text.replace("a2c2: a2c2}", f"a2c2: a2c2{lists}}}"))
+        found = report.Results(grid.load_grid(path), "test")
+        assert len(re.findall(r"^\| \w+ \| \d+ \| \d", report.speed_section(found), re.M)) == lines
+        assert ("| sync | 40 | 10 | 8/10 | 8/10 |" in report.task_table(found)) == bool(lists)
+        assert report.failure_table(found).count("| (40, 10) | 20 |") == 3
 
 
 def test_a_marker_without_its_end_is_refused():
@@ -496,6 +619,16 @@ def test_command_line_lists_and_refuses(folder, capsys):
     assert grid.main([*arguments, "--list"]) == 0
     assert "sync_e10_d0" in capsys.readouterr().out
     assert not (folder / "runs").exists()
+    fake_result(folder, "naive", 40, 10, 5)
+    fake_result(folder, "a2c2", 40, 10, 5)
+    (folder / "head.onnx").unlink()
+    assert grid.main([*arguments, "--list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["naive_e40_d10"].split()[2:] == ["0/6", "result:", "20"]
+    assert "left out" in lines["a2c2_e40_d10"] and lines["a2c2_e40_d10"].endswith(" result: 20")
+    assert "result" not in lines["naive_e10_d0"]
+    write_head(folder / "head.onnx", "p1")
+    capsys.readouterr()
     assert grid.main([*arguments, "--cells", "nothing*"]) == 2
     assert "a2c2_e10_d0" in capsys.readouterr().err
     assert grid.main(["--grid", str(folder / "absent.yaml")]) == 2

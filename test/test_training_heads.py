@@ -157,11 +157,17 @@ def changed(sample, name):
     return dataclasses.replace(sample, **{name: getattr(sample, name) + np.float32(0.5)})
 
 
-INPUTS = {"tau": "time_feature", "latent": "latent", "language": "language", "images": "images"}
+INPUTS = {
+    "tau": "time_feature",
+    "latent": "latent",
+    "language": "language",
+    "images": "images",
+    "base_action": "base_action",
+}
 
 
 @pytest.mark.parametrize("architecture", ["compact", "transformer"])
-@pytest.mark.parametrize("without", [("tau",), ("latent",), ("language",), ("images",), tuple(INPUTS)])
+@pytest.mark.parametrize("without", [*((name,) for name in INPUTS), tuple(INPUTS)])
 def test_exported_ablation_ignores_its_inputs_and_no_others(policy, tmp_path, architecture, without):
     head = awake(head_for(policy, architecture, without=without))
     manifest = export(head, samples(), tmp_path / "head.onnx")
@@ -202,6 +208,20 @@ def test_reactive_action_does_not_depend_on_the_chunk(policy, tmp_path, architec
     for name in seen:
         other = changed(sample, name)
         assert not np.allclose(exported.correct(other) + other.base_action, action, atol=1e-4), name
+
+
+def test_a_reactive_head_with_a_clock_sees_all_of_the_chunk_but_its_action(policy, tmp_path):
+    head = awake(head_for(policy, "compact", reactive=True, clock=True))
+    export(head, samples(), tmp_path / "head.onnx")
+    exported, sample = OnnxHead(tmp_path / "head.onnx"), samples()[0]
+    assert exported.manifest.architecture == "compact reactive with clock"
+    action = exported.correct(sample) + sample.base_action
+    other = changed(sample, "base_action")
+    assert np.allclose(exported.correct(other) + other.base_action, action, atol=1e-5)
+    for name in ("time_feature", "latent", "state", "images"):
+        assert not np.allclose(exported.correct(changed(sample, name)) + sample.base_action, action, atol=1e-4), name
+    with pytest.raises(ConfigError, match="clock is True, only a reactive head"):
+        head_for(policy, "compact", clock=True)
 
 
 def test_limited_residual_keeps_its_limit(policy, tmp_path):
@@ -446,6 +466,7 @@ def test_transformer_continues_where_it_was(policy, tmp_path):
 
 OPTIONS = [
     ("compact", {"reactive": True}, HeadRecipe(draws=1)),
+    ("compact", {"reactive": True, "clock": True}, HeadRecipe(draws=2)),
     ("compact", {"residual_limit": 0.3}, HeadRecipe(draws=2, slots=(2, 6))),
     ("compact", {"without": ("images", "tau")}, HeadRecipe(draws=2, mismatch=0.5)),
     ("mlp", {}, HeadRecipe(draws=2)),
@@ -501,6 +522,7 @@ def test_mismatch_needs_cached_chunks(policy, tmp_path):
         (["--architecture", "transformer", "--recipe", "ours", "--learning-rate", "0.002"], "ours", {}),
         (["--recipe", "paper", "--slots", "2", "6", "--mismatch", "0.4"], "paper", {"slots": (2, 6), "mismatch": 0.4}),
         (["--reactive", "--without", "language", "images"], "ours", {"draws": 1}),
+        (["--reactive", "--clock"], "ours", {"draws": 8}),
     ],
 )
 def test_command_line(policy, tmp_path, monkeypatch, options, recipe, expected):

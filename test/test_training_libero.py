@@ -14,11 +14,22 @@ import pytest
 pytest.importorskip("torch")
 
 import yaml
+from test_flow import small_network
 
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.evaluation.grid import default_grid, load_grid
 from a2c2_ros.paths import share_directory
-from a2c2_ros.training import cache_chunks, demonstrations, libero, on_policy, smolvla, train_head, train_policy
+from a2c2_ros.policies.flow import load_network, save_network
+from a2c2_ros.training import (
+    cache_chunks,
+    demonstrations,
+    libero,
+    on_policy,
+    smolvla,
+    temperature,
+    train_head,
+    train_policy,
+)
 
 PLAN = {
     "data": "data/demos",
@@ -73,6 +84,30 @@ def test_a_policy_of_another_kind_has_its_trainer():
     commands = {step.name: " ".join(step.command) for step in libero.steps(plan, 2)}
     assert commands["vla"] == "training.smolvla --data data/demos --out models/vla --workers 2 --size tiny"
     assert commands["vla: chunks"].endswith("--policy models/vla --kind lerobot --views 1"), "it refuses workers"
+
+
+def test_a_copy_with_another_temperature_is_made_and_has_chunks_of_its_own():
+    copied = {"kind": "temperature", "policy": "base", "temperature": 1.0}
+    plan = PLAN | {"policies": PLAN["policies"] | {"noisy": copied}}
+    commands = {step.name: " ".join(step.command) for step in libero.steps(plan, 2)}
+    assert commands["noisy"] == "training.temperature --policy models/base --temperature 1.0 --out models/noisy"
+    assert commands["noisy: chunks"].endswith("--policy models/noisy --workers 2 --views 1")
+
+
+def test_a_copy_has_the_weights_of_the_original_and_samples_otherwise(tmp_path, capsys):
+    save_network(small_network(temperature=0.0), tmp_path / "base", "base")
+    original = load_network(tmp_path / "base")
+    (tmp_path / "base" / "training.json").write_text('{"policy_id": "base-1", "steps": 9}')
+    arguments = ["--policy", str(tmp_path / "base"), "--out", str(tmp_path / "noisy"), "--temperature"]
+    assert temperature.main([*arguments, "1.5"]) == 2 and "temperature is 1.5" in capsys.readouterr().err
+    assert temperature.main([*arguments, "1"]) == 0
+    copied = load_network(tmp_path / "noisy")
+    assert copied.config.temperature == 1.0 and copied.config.policy_id.startswith("noisy-")
+    assert all((value == copied.state_dict()[name]).all() for name, value in original.state_dict().items())
+    record = json.loads((tmp_path / "noisy" / "training.json").read_text())
+    assert (record["policy_id"], record["copy_of"]) == (copied.config.policy_id, original.config.policy_id)
+    assert (record["temperature"], record["steps"]) == (1.0, 9)
+    assert temperature.main([*arguments, "1"]) == 2, "it is kept"
 
 
 def test_what_exists_is_kept_and_a_failure_ends_the_run(plan_file, monkeypatch, tmp_path, capsys):
@@ -137,6 +172,7 @@ def test_the_shipped_plan_is_accepted_by_the_commands():
         "training.demonstrations": demonstrations.parser,
         "training.train_policy": train_policy.parser,
         "training.smolvla": smolvla.parser,
+        "training.temperature": temperature.parser,
         "training.cache_chunks": cache_chunks.parser,
         "training.train_head": train_head.parser,
         "training.on_policy": on_policy.parser,

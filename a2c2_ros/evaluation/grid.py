@@ -21,9 +21,19 @@ import yaml
 from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.errors import A2C2Error, ConfigError
-from a2c2_ros.evaluation.cells import EXPERT, METHOD_NAMES, SPLITS, STATIC, Cell, EpisodeStore, check_cell, policy_facts
+from a2c2_ros.evaluation.cells import (
+    EXPERT,
+    METHOD_NAMES,
+    SPLITS,
+    STATIC,
+    Cell,
+    EpisodeStore,
+    check_cell,
+    policy_facts,
+    settings_without_weights,
+)
 from a2c2_ros.evaluation.methods import METHODS
-from a2c2_ros.evaluation.runner import Item, progress, run_items
+from a2c2_ros.evaluation.runner import Item, progress, run_items, stored
 from a2c2_ros.evaluation.worker import ProcessWorker
 from a2c2_ros.paths import share_directory
 from a2c2_ros.sim import conventions
@@ -74,12 +84,20 @@ class More:
 
 @dataclass(frozen=True)
 class Headline:
-    """Labels of the rows that stand beside the paper's and that the targets are about."""
+    """Labels of the rows that stand beside the paper's, that the targets are about, and that the short tables show."""
 
     naive: str = "naive"
-    plain: str = "a2c2"  # the paper's recipe
-    best: str = "a2c2"  # chosen on the development split
-    moving: str = ""  # a2c2 on a variant in which things move
+    a2c2: str = "a2c2"  # the shipped head
+    paper_recipe: tuple[str, ...] = ()  # heads by the paper's recipe, or a part of it
+    moving: tuple[str, ...] = ()  # a2c2 on variants in which things move
+    tasks: tuple[str, ...] = ()  # also in the table by task, at their first pair
+    failures: tuple[str, ...] = ()  # also in the table of failures, at their first pair; none: all rows at all pairs
+    speed: tuple[str, ...] = ()  # in the table of speeds; none: all
+
+    @property
+    def others(self) -> set[str]:
+        """All labels but the first two."""
+        return {*self.paper_recipe, *self.moving, *self.tasks, *self.failures, *self.speed}
 
 
 @dataclass(frozen=True)
@@ -193,6 +211,12 @@ def _parse(data: Any, quick: bool) -> Grid:
         "head": data.pop("head", ControllerConfig().correction__model_path),
     }
     rows = [_make(Row, {**models, **_pairs_of(row)}, "rows") for row in _list(data.get("rows"), "rows")]
+    headline = dict(_mapping(data.get("headline", {}), "headline"))
+    names = {f.name for f in dataclasses.fields(Headline)} - {"naive", "a2c2"}
+    lists = {n: tuple(_list(headline[n], f"headline.{n}")) for n in names & headline.keys()}
+    data["headline"] = _make(Headline, headline | lists, "headline")
+    if unknown := data["headline"].others - {row.label for row in rows}:
+        raise ConfigError(f"headline names {sorted(unknown)}, which is not in rows")
     if quick:
         changes = dict(_mapping(changes, "quick"))
         wanted = _list(changes.pop("rows", [row.label for row in rows]), "quick.rows")
@@ -205,7 +229,6 @@ def _parse(data: Any, quick: bool) -> Grid:
     data["pairs"] = _pairs(data.get("pairs"), "pairs")
     more = [_pairs_of(entry) for entry in _list(data.get("more", []), "more")]
     data["more"] = tuple(_make(More, m | {"rows": tuple(_list(m.get("rows"), "more.rows"))}, "more") for m in more)
-    data["headline"] = _make(Headline, _mapping(data.get("headline", {}), "headline"), "headline")
     if "tasks" in data:
         data["tasks"] = tuple(conventions.parse_tasks(str(data["tasks"])))
     for name in ("results", "runs", "page"):
@@ -365,13 +388,15 @@ def _free_bytes() -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
 
 
-def print_list(items: Sequence[Item], left_out: Sequence[LeftOut], tasks: Sequence[int]) -> None:
-    """The cells in their order, then what is left out."""
+def print_list(items: Sequence[Item], left_out: Sequence[LeftOut], grid: Grid) -> None:
+    """The cells in their order with the episodes here and those in the result's file, then what is left out."""
     for item in items:
-        state = progress([item], tasks)
-        print(f"{item.cell.name:32} {item.cell.variant:10} {state.done:5}/{state.episodes}")
+        state = progress([item], grid.tasks)
+        there = stored(item.out, item.store.settings)
+        print(f"{item.cell.name:32} {item.cell.variant:10} {state.done:5}/{state.episodes:<5} {there}".rstrip())
     for entry in left_out:
-        print(f"{entry.cell.name:32} {entry.cell.variant:10} left out: {entry.reason}")
+        there = stored(grid.results / f"{entry.cell.name}.json", settings_without_weights(entry.cell))
+        print(f"{entry.cell.name:32} {entry.cell.variant:10} left out: {entry.reason} {there}".rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.list:
-        print_list(items, left_out, grid.tasks)
+        print_list(items, left_out, grid)
         return 0
     for reason in dict.fromkeys(f"{e.cell.label}: {e.reason}" for e in left_out if not e.same_as):
         print(f"left out: {reason}", file=sys.stderr)

@@ -16,7 +16,15 @@ from a2c2_ros.evaluation.cells import EXPERT, SPLITS, STATIC, Cell, outcomes, se
 from a2c2_ros.evaluation.failures import FAILURES
 from a2c2_ros.evaluation.grid import Grid, LeftOut, Pair, Row, default_grid, load_grid, make_cell, plan
 from a2c2_ros.evaluation.plots import Curve, plot
-from a2c2_ros.evaluation.statistics import SIGNIFICANCE, Difference, Recovery, difference, holm, recovery
+from a2c2_ros.evaluation.statistics import (
+    SIGNIFICANCE,
+    Difference,
+    Recovery,
+    difference,
+    holm,
+    recovery,
+    wilson_interval,
+)
 from a2c2_ros.settings import differing
 
 NOT_RUN = "not run"
@@ -80,25 +88,44 @@ class Results:
         name = make_cell(self.grid, row, pair, self.split).name
         return LEFT_OUT if name in self._reasons and not self._reasons[name].same_as else NOT_RUN
 
-    def difference(self, row: Row | None, pair: Pair) -> Difference | None:
-        """Success minus that of the row's baseline at the same pair.
+    def difference(self, row: Row | None, pair: Pair, episodes: int | None = None) -> Difference | None:
+        """Success minus that of the row's baseline at the same pair, over the first ``episodes`` of a task or all.
 
-        None if one of them was not run, or with another base policy.
+        None if one of them was not run, or with another base policy or renderer, or if they are the same episodes.
         """
         mine = self.get(row, pair)
         theirs = self.get(self.grid.baseline(row), pair) if row else None
-        if not mine or not theirs or mine.get("policy_id") != theirs.get("policy_id"):
+        if not mine or not theirs or mine is theirs or _apart(mine, theirs):
             return None
-        return difference(outcomes(mine), outcomes(theirs))
+        return difference(outcomes(mine, episodes), outcomes(theirs, episodes))
 
     def recovery(self, row: Row | None, naive: Row | None) -> Recovery | None:
         """Of a row at (40, 10), see :func:`statistics.recovery`; None without its three cells."""
         parts = self.get(row, (40, 10)), self.get(naive, (40, 10)), self.get(naive, (10, 0))
-        return recovery(*map(outcomes, parts)) if all(parts) else None
+        if not all(parts) or any(_apart(parts[0], other) for other in parts[1:]):
+            return None
+        return recovery(*map(outcomes, parts))
+
+    def not_compared(self) -> list[str]:
+        """Cells that are no pair with their baseline's though both were run, and why."""
+        found = []
+        for row in self.grid.rows:
+            for pair in () if row.method == EXPERT else row.pairs or self.grid.pairs:
+                mine, theirs = self.get(row, pair), self.get(self.grid.baseline(row), pair)
+                if mine and theirs and (why := _apart(mine, theirs)):
+                    found.append(f"{mine['cell']} is not compared with {theirs['cell']}: {why}")
+        return list(dict.fromkeys(found))
 
     def all(self) -> list[Result]:
         """All results in use."""
         return list(self._found.values())
+
+
+def _apart(mine: Result, theirs: Result) -> str:
+    """Why two results are no pair: other chunks, or other images of the same states. Empty if they are one."""
+    facts = [(r.get("policy_id"), r["environment"]["renderer"]) for r in (mine, theirs)]
+    names = ("base policy", "renderer")
+    return "; ".join(f"{name} {a}, {b}" for name, a, b in zip(names, *facts, strict=True) if a != b)
 
 
 def _without_renderer(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,16 +135,23 @@ def _without_renderer(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {**facts, "environment": {k: v for k, v in facts["environment"].items() if k != "renderer"}}
 
 
-def rate(result: Result | None, absent: str = NOT_RUN) -> str:
-    """``84% [76, 90]``, with the exceptions if there were any."""
+def counts(result: Result, episodes: int | None = None) -> tuple[int, int, int]:
+    """Successes, valid episodes and exceptions, of the first ``episodes`` of each task or of all."""
+    chosen = [r for r in result["rollouts"] if episodes is None or r["initial_state"] < episodes]
+    fine = [r for r in chosen if r["error"] is None]
+    return sum(bool(r["success"]) for r in fine), len(fine), len(chosen) - len(fine)
+
+
+def rate(result: Result | None, absent: str = NOT_RUN, episodes: int | None = None) -> str:
+    """``84% [76, 90]``, with the exceptions if there were any; see :func:`counts`."""
     if result is None:
         return absent
-    total = result["total"]
-    if not total["episodes"]:
-        return f"{total['exceptions']} exceptions"
-    low, high = total["wilson_95"]
-    exceptions = f", {total['exceptions']} exceptions" if total["exceptions"] else ""
-    return f"{percent(total['success_rate'])} [{100 * low:.0f}, {100 * high:.0f}]{exceptions}"
+    successes, fine, raised = counts(result, episodes)
+    if not fine:
+        return f"{raised} exceptions"
+    low, high = wilson_interval(successes, fine)
+    exceptions = f", {raised} exceptions" if raised else ""
+    return f"{percent(successes / fine)} [{100 * low:.0f}, {100 * high:.0f}]{exceptions}"
 
 
 def percent(share: float) -> str:
@@ -127,10 +161,11 @@ def percent(share: float) -> str:
 
 def compare(found: Difference | None) -> str:
     """``+12.0 (p = 0.02, n = 100)``."""
-    if found is None:
-        return NOT_RUN
-    p = f"= {found.p:.2g}" if found.p >= 0.001 else "< 0.001"
-    return f"{found.points:+.1f} (p {p}, n = {found.pairs})"
+    return NOT_RUN if found is None else f"{found.points:+.1f} ({_p(found)}, n = {found.pairs})"
+
+
+def _p(found: Difference) -> str:
+    return f"p = {found.p:.2g}" if found.p >= 0.001 else "p < 0.001"
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -138,57 +173,44 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *rows])
 
 
-def _compared(results: Results) -> list[tuple[str, Row | None]]:
-    """The rows that stand beside the paper's a2c2: the shipped head, and the best head if it is another."""
+def paper_table(results: Results, pairs: Mapping[Pair, Mapping[str, float]], episodes: int | None = None) -> str:
+    """Ours beside a table of the paper, with pairs that only we have after it; see :func:`counts`."""
     head = results.grid.headline
-    labels = list(dict.fromkeys([head.plain, head.best]))
-    return [(label, results.grid.row(label)) for label in labels]
-
-
-def paper_table(results: Results, pairs: Mapping[Pair, Mapping[str, float]]) -> str:
-    """Ours beside a table of the paper, with pairs that only we have after it."""
-    naive, others = results.grid.row(results.grid.headline.naive), _compared(results)
-    heading = ["e", "d", "naive, paper", "naive, ours", "a2c2, paper"]
-    for label, _ in others:
-        heading += [f"{label}, ours", f"{label} - naive [points]"]
+    naive, a2c2 = results.grid.row(head.naive), results.grid.row(head.a2c2)
+    heading = ["e", "d", "naive, paper", "naive, ours", "a2c2, paper", f"{head.a2c2}, ours"]
     rows = []
     for pair, theirs in pairs.items():
         numbers = {method: percent(theirs[method]) if theirs else "" for method in ("naive", "a2c2")}
-        ours = rate(results.get(naive, pair), results.absent(naive, pair))
-        line = [str(pair[0]), str(pair[1]), numbers["naive"], ours, numbers["a2c2"]]
-        for _, row in others:
-            line += [rate(results.get(row, pair), results.absent(row, pair)), compare(results.difference(row, pair))]
-        rows.append(line)
-    return table(heading, rows)
+        ours = [rate(results.get(row, pair), results.absent(row, pair), episodes) for row in (naive, a2c2)]
+        gain = compare(results.difference(a2c2, pair, episodes))
+        rows.append([str(pair[0]), str(pair[1]), numbers["naive"], ours[0], numbers["a2c2"], ours[1], gain])
+    return table([*heading, f"{head.a2c2} - naive [points]"], rows)
 
 
-def adjusted_section(results: Results, pairs: Sequence[Pair]) -> str:
-    """In how many pairs a row differs significantly from its baseline, adjusted for their number."""
-    lines = []
-    for label, row in _compared(results):
-        if found := [d for pair in pairs if (d := results.difference(row, pair)) is not None]:
-            significant = [d for d, p in zip(found, holm([d.p for d in found]), strict=True) if p < SIGNIFICANCE]
-            more, fewer = (sum(sign * d.points > 0 for d in found) for sign in (1, -1))
-            above, below = (sum(sign * d.points > 0 for d in significant) for sign in (1, -1))
-            lines.append(
-                f"{label} has more successes than {results.grid.baseline(row).label} in {more} of {len(found)} pairs "
-                f"and fewer in {fewer}; after Holm's correction for {len(found)} tests significantly more in {above} "
-                f"and fewer in {below}."
-            )
-    return "\n\n".join(lines)
+def adjusted_section(results: Results, pairs: Sequence[Pair], episodes: int | None = None) -> str:
+    """In how many pairs a2c2 differs significantly from its baseline, adjusted for their number."""
+    row = results.grid.row(results.grid.headline.a2c2)
+    found = [d for pair in pairs if (d := results.difference(row, pair, episodes)) is not None]
+    if not found:
+        return ""
+    significant = [d for d, p in zip(found, holm([d.p for d in found]), strict=True) if p < SIGNIFICANCE]
+    more, fewer = (sum(sign * d.points > 0 for d in found) for sign in (1, -1))
+    above, below = (sum(sign * d.points > 0 for d in significant) for sign in (1, -1))
+    return (
+        f"{row.label} has more successes than {results.grid.baseline(row).label} in {more} of {len(found)} pairs "
+        f"and fewer in {fewer}; after Holm's correction for {len(found)} tests significantly more in {above} "
+        f"and fewer in {below}."
+    )
 
 
 def grid_table(results: Results, rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
-    """Rows over pairs; a sign says where a row differs significantly from its baseline."""
-    lines = []
+    """Rows over pairs, the grid's initial states; a sign says where a row differs significantly from its baseline."""
+    episodes, lines = results.grid.episodes, []
     for row in rows:
         line = [row.label]
         for pair in pairs:
-            found = results.get(row, pair)
-            text = rate(found, results.absent(row, pair))
-            if found is not None and results.name(row, pair) != make_cell(results.grid, row, pair, results.split).name:
-                text = f"= {text}"
-            compared = results.difference(row, pair)
+            text = _cell_text(results, row, pair)
+            compared = results.difference(row, pair, episodes)
             if compared is not None and compared.significant:
                 text += " ▲" if compared.points > 0 else " ▼"
             line.append(text)
@@ -198,60 +220,117 @@ def grid_table(results: Results, rows: Sequence[Row], pairs: Sequence[Pair]) -> 
     return table(["", *(f"({e}, {d})" for e, d in pairs)], lines)
 
 
+def difference_table(results: Results, rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
+    """Rows over pairs with the difference to the row's baseline and its p-value."""
+    lines = []
+    for row in rows:
+        baseline = results.grid.baseline(row)
+        line = [row.label, baseline.label if baseline else ""]
+        for pair in pairs:
+            compared = results.difference(row, pair, results.grid.episodes)
+            text = _cell_text(results, row, pair).partition(" [")[0]
+            line.append(text if compared is None else f"{text}, {compared.points:+.0f} ({_p(compared)})")
+        lines.append(line)
+    return table(["row", "compared with", *(f"({e}, {d})" for e, d in pairs)], lines)
+
+
+def _adjusted(results: Results, row: Row, pairs: Sequence[Pair]) -> str:
+    """``rtc 1 of 9 above naive``, and how many below; empty for less than two."""
+    compared = [d for pair in pairs if (d := results.difference(row, pair, results.grid.episodes)) is not None]
+    if len(compared) < 2:
+        return ""
+    points = [d.points for d, p in zip(compared, holm([d.p for d in compared]), strict=True) if p < SIGNIFICANCE]
+    above, below = (sum(sign * value > 0 for value in points) for sign in (1, -1))
+    text = f"{row.label} {above} of {len(compared)} above {results.grid.baseline(row).label}"
+    return text + (f", {below} below" if below else "")
+
+
+def _cell_text(results: Results, row: Row, pair: Pair) -> str:
+    found = results.get(row, pair)
+    text = rate(found, results.absent(row, pair), results.grid.episodes)
+    if found is not None and results.name(row, pair) != make_cell(results.grid, row, pair, results.split).name:
+        return f"= {text}"
+    return text
+
+
 def grid_section(results: Results) -> str:
-    """Per variant the rows of the whole grid, then those that have pairs of their own beside the headline; the key."""
+    """Per variant the rows of the whole grid, then the others with what they differ by from their baselines; the key.
+
+    Columns without any result are left out.
+    """
     grid, parts = results.grid, []
+    shown = (grid.headline.naive, grid.headline.a2c2)
     for variant in grid.variants:
         rows = [row for row in grid.rows if row.variant == variant]
-        whole, some = [row for row in rows if not row.pairs], [row for row in rows if row.pairs]
-        if whole:
-            parts.append(f"**{variant}**\n\n{grid_table(results, whole, grid.pairs)}")
-        if some:
-            beside = [row for row in whole if row.method in ("naive", "a2c2")]
-            pairs = list(dict.fromkeys(pair for row in some for pair in row.pairs))
-            parts.append(f"**{variant}, controls and further heads**\n\n{grid_table(results, [*beside, *some], pairs)}")
+        whole, some_pairs = [row for row in rows if not row.pairs], {pair for row in rows for pair in row.pairs}
+        some = [row for row in rows if row.pairs or (grid.baseline(row) and row.label not in shown)]
+
+        def ran(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[Pair]:
+            rows = [row for row in rows if row.method != EXPERT]
+            return [pair for pair in pairs if any(results.get(row, pair) for row in rows)]
+
+        if pairs := ran(whole, grid.pairs):
+            parts.append(f"**{variant}**\n\n{grid_table(results, whole, pairs)}")
+            if adjusted := [text for row in whole if (text := _adjusted(results, row, pairs))]:
+                parts.append(f"Significant after Holm's correction over a row's own pairs: {'; '.join(adjusted)}.")
+        if pairs := ran(some, [pair for pair in grid.all_pairs(variant) if pair in some_pairs]):
+            some = [row for row in some if any(results.get(row, pair) for pair in pairs)]
+            parts.append(f"**{variant}, differences to a baseline**\n\n{difference_table(results, some, pairs)}")
     key = (
-        f"Columns are (e, d). In brackets the 95% Wilson interval. ▲ and ▼: above and below the row's baseline on the "
-        f"same initial states, exact McNemar test, p < {SIGNIFICANCE}, not adjusted for the number of cells. "
-        f"= : at this (e, d) the same method as another row, not run again. {LEFT_OUT} : not possible, see below."
+        f"Columns are (e, d); every number is of the initial states 0 to {grid.episodes - 1} of each task. In brackets "
+        f"the 95% Wilson interval. ▲ and ▼: above and below the row's baseline on the same initial states, exact "
+        f"McNemar test, p < {SIGNIFICANCE}; p-values are not adjusted for the number of cells. = : at this (e, d) the "
+        f"same method as another row, not run again. {LEFT_OUT} : not possible. Rows and columns without any result "
+        f"are in the list of what is not run."
     )
     return "\n\n".join([*parts, key])
 
 
 def task_table(results: Results) -> str:
-    """Success of every task for the headline rows at Table 1's pairs."""
+    """Success of every task for the headline rows at Table 1's pairs, and for chosen rows at their first pair."""
     grid = results.grid
-    rows = [(grid.headline.naive, grid.row(grid.headline.naive)), *_compared(results)]
+    chosen = [(label, pair) for pair in paper.TABLE_1 for label in (grid.headline.naive, grid.headline.a2c2)]
+    chosen += [(label, pair) for label, pair in _first_pairs(grid, grid.headline.tasks)]
     lines = []
-    for pair in paper.TABLE_1:
-        for label, row in rows:
-            found = results.get(row, pair)
-            per = found["per_task"] if found else {}
-            counts = (per.get(str(task)) for task in grid.tasks)
-            lines.append(
-                [label, str(pair[0]), str(pair[1])]
-                + [f"{c['successes']}/{c['episodes']}" if c else NOT_RUN for c in counts]
-            )
+    for label, pair in chosen:
+        found = results.get(grid.row(label), pair)
+        per = found["per_task"] if found else {}
+        numbers = (per.get(str(task)) for task in grid.tasks)
+        lines.append(
+            [label, str(pair[0]), str(pair[1])]
+            + [f"{c['successes']}/{c['episodes']}" if c else NOT_RUN for c in numbers]
+        )
     return table(["row", "e", "d", *(f"task {task}" for task in grid.tasks)], lines)
 
 
+def _first_pairs(grid: Grid, labels: Sequence[str]) -> list[tuple[str, Pair]]:
+    """The rows that there are, with the first of their pairs."""
+    rows = [row for label in labels if (row := grid.row(label)) is not None]
+    return [(row.label, (row.pairs or grid.pairs)[0]) for row in rows]
+
+
 def failure_table(results: Results) -> str:
-    """How the failures of every cell look."""
+    """How failures look: of the headline rows at Table 1's pairs and of chosen rows, or of every cell."""
+    grid, found = results.grid, results.all()
+    if grid.headline.failures:
+        chosen = [(label, pair) for label in (grid.headline.naive, grid.headline.a2c2) for pair in paper.TABLE_1]
+        chosen += _first_pairs(grid, grid.headline.failures)
+        found = [result for label, pair in chosen if (result := results.get(grid.row(label), pair))]
     lines = []
-    for result in results.all():
+    for result in found:
         failures = result.get("failures")
         if failures:
             where = "" if result["method"] == EXPERT else f"({result['horizon']}, {result['delay']})"
-            counts = [str(failures.get(name, 0)) for name in FAILURES]
-            lines.append([result["label"], result["variant"], where, str(result["total"]["episodes"]), *counts])
+            numbers = [str(failures.get(name, 0)) for name in FAILURES]
+            lines.append([result["label"], where, str(result["total"]["episodes"]), *numbers])
     key = "; ".join(f"*{name}*: {what}" for name, what in FAILURES.items())
-    return f"{table(['row', 'variant', '(e, d)', 'episodes', *FAILURES], lines)}\n\n{key}." if lines else f"{NOT_RUN}."
+    return f"{table(['row', '(e, d)', 'episodes', *FAILURES], lines)}\n\n{key}." if lines else f"{NOT_RUN}."
 
 
 def targets(results: Results) -> list[tuple[str, str, str, bool | None]]:
     """What was promised: (what, target, measured, met), met None where it was not run."""
     grid, head = results.grid, results.grid.headline
-    naive, plain, best = grid.row(head.naive), grid.row(head.plain), grid.row(head.best)
+    naive, a2c2 = grid.row(head.naive), grid.row(head.a2c2)
     found: list[tuple[str, str, str, bool | None]] = []
 
     def add(what: str, target: str, value: float | None, text: str, limit: float) -> None:
@@ -275,21 +354,21 @@ def targets(results: Results) -> list[tuple[str, str, str, bool | None]]:
         add(f"recovery of {label}", f"at least {limit}", part and part.value, text, limit)
 
     add_rate(naive, head.naive, (10, 0), 0.85)
-    add_rate(best, head.best, (40, 10), 0.90)
-    for label, row in _compared(results):
-        add_gain(row, label, (40, 10))
-        add_gain(row, label, (50, 0))
-    add_recovery(plain, f"{head.plain} (shipped head)", 1.0)
-    add_recovery(best, f"{head.best} (best head)", 1.3)
-    for label, row in _compared(results):
-        pairs = (row.pairs or grid.pairs) if row else ()
-        compared = {p: results.difference(row, p) for p in pairs if results.absent(row, p) != LEFT_OUT}
-        ran = {pair: c for pair, c in compared.items() if c is not None}
-        below = [f"({e}, {d})" for (e, d), c in ran.items() if c.points < 0 and c.significant]
-        text = (f"at {', '.join(below)}" if below else "nowhere") + f"; {len(ran)} of {len(compared)} cells were run"
-        complete = ran and (below or len(ran) == len(compared))
-        found.append((f"{label} significantly below naive", "nowhere", text, not below if complete else None))
-    add_gain(grid.row(head.moving), head.moving or "a2c2 on moving", (40, 10))
+    add_rate(a2c2, head.a2c2, (40, 10), 0.90)
+    add_gain(a2c2, head.a2c2, (40, 10))
+    add_gain(a2c2, head.a2c2, (50, 0))
+    for label in head.paper_recipe:
+        add_recovery(grid.row(label), f"{label} (towards the paper's recipe)", 1.0)
+    add_recovery(a2c2, f"{head.a2c2} (our recipe)", 1.3)
+    pairs = (a2c2.pairs or grid.pairs) if a2c2 else ()
+    compared = {p: results.difference(a2c2, p) for p in pairs if results.absent(a2c2, p) != LEFT_OUT}
+    ran = {pair: c for pair, c in compared.items() if c is not None}
+    below = [f"({e}, {d})" for (e, d), c in ran.items() if c.points < 0 and c.significant]
+    text = (f"at {', '.join(below)}" if below else "nowhere") + f"; {len(ran)} of {len(compared)} cells were run"
+    complete = ran and (below or len(ran) == len(compared))
+    found.append((f"{head.a2c2} significantly below naive", "nowhere", text, not below if complete else None))
+    for label in head.moving:
+        add_gain(grid.row(label), label, (40, 10))
     return found
 
 
@@ -306,45 +385,85 @@ def targets_section(results: Results) -> str:
 
 
 def left_out_section(results: Results) -> str:
-    """Every cell that has no number of its own, and why; exceptions."""
+    """What of the plan has no result, by row; why cells are left out; exceptions and refused chunks."""
     done = {result["cell"] for result in results.all()}
+    wanted: dict[str, int] = {}
+    for cell, episodes in results.cells:
+        wanted[cell.name] = max(episodes, wanted.get(cell.name, 0))
+    have = {r["cell"]: r["episodes_per_task"] for r in results.all()}
+    there: dict[str, list[str]] = {}  # of a row
+    open_pairs: dict[str, list[str]] = {}
+    for cell in dict.fromkeys(cell for cell, _ in results.cells):
+        where = "" if cell.horizon is None else f"({cell.horizon}, {cell.delay})"
+        if have.get(cell.name, 0) >= wanted[cell.name] or cell.name in results.stale:
+            there.setdefault(cell.label, []).append(where)
+        else:
+            part = f" has {have[cell.name]} of {wanted[cell.name]} episodes per task" if cell.name in have else ""
+            open_pairs.setdefault(cell.label, []).append(f"{where}{part}")
+    alike: dict[str, list[str]] = {}
+    for label, pairs in open_pairs.items():
+        known, text = there.get(label, []), ", ".join(pairs)
+        if len(known) < len(pairs) and "has" not in text:
+            text = "all" + (f" but {', '.join(known)}" if known else "")
+        alike.setdefault(text, []).append(label)
+    lines = [f"- {', '.join(labels)}: {text}" for text, labels in alike.items()]
     reasons: dict[str, list[str]] = {}
     for entry in results.left_out:
-        if entry.cell.name not in done:  # whose weights may be elsewhere by now
+        if entry.cell.name not in done and not entry.same_as:  # whose weights may be elsewhere by now
             reasons.setdefault(entry.reason, []).append(entry.cell.name)
     for name, reason in results.stale.items():
         reasons.setdefault(f"the result is of other settings ({reason})", []).append(name)
-    lines = [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    notes = [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    notes += [f"- {text}" for text in results.not_compared()]
     for result in results.all():
         if errors := [r["error"] for r in result["rollouts"] if r["error"] is not None]:
             kinds = "; ".join(sorted(set(errors)))
-            lines.append(f"- {result['cell']}: {len(errors)} exceptions, not counted as failures: {kinds}")
+            notes.append(f"- {result['cell']}: {len(errors)} exceptions, not counted as failures: {kinds}")
     if refused := [f"{r['cell']} {r['refused_chunks']}" for r in results.all() if r.get("refused_chunks")]:
-        lines.append(f"- chunks that the loop refused because their actions are out of bounds: {', '.join(refused)}")
-    names = {cell.name for cell, _ in results.cells} | done
-    return "\n".join([f"{len(done)} of {len(names)} cells are complete.", *([""] if lines else []), *lines])
+        notes.append(f"- chunks that the loop refused because their actions are out of bounds: {', '.join(refused)}")
+    if uncounted := [r["cell"] for r in results.all() if "refused_chunks" not in r]:
+        notes.append(f"- refused chunks were not counted in {', '.join(uncounted)}")
+    names = wanted.keys() | done
+    complete = sum(have[name] >= wanted.get(name, 0) for name in done)
+    parts = [f"{complete} of {len(names)} cells are complete."]
+    parts += ["Planned, not run:\n\n" + "\n".join(lines)] if lines else []
+    parts += ["Beside that:\n\n" + "\n".join(notes)] if notes else []
+    return "\n\n".join(parts)
 
 
 def training_table(results: Results) -> str:
-    """What the heads that were trained for this page reach on held-out episodes, from their training's records."""
-    rows = []
+    """What the policies and heads of this page reach on held-out episodes, from their training's records."""
+    policies, heads = [], []
     for path in sorted((results.grid.results / TRAINING_FOLDER).glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
+        if "copy_of" in record or "history" not in record:
+            continue
+        facts = f"{record['parameters']:,}", f"{record['steps']:,}"
         if "head" in record:
             last, shown = record["history"][-1], ("base_error", "error", "error_0", "error_40")
             errors = [f"{last[name]:.3f}" if name in last else "" for name in shown]
-            facts = f"{record['parameters']:,}", f"{record['steps']:,}", f"{record['seconds']:.0f}"
-            rows.append([path.stem, record["policy_id"], record["architecture"], *facts, *errors])
-    if not rows:
-        return "No records."
-    heading = ["head", "base policy", "network", "parameters", "steps", "seconds"]
-    return table([*heading, "base", "base + head", "k < 10", "k >= 40"], rows)
+            policy = record["policy_id"].rsplit("-", 1)[0]
+            heads.append([path.stem, policy, record["architecture"], *facts, *errors])
+        elif by_temperature := record.get("validation_error_by_temperature"):
+            best = min(by_temperature.values(), key=lambda errors: errors["error"])
+            errors = [f"{best[name]:.3f}" if name in best else "" for name in ("error", "error_0", "error_40")]
+            policies.append([path.stem, *facts, *errors])
+    tables, common = [], ["parameters", "steps"]
+    if policies:
+        tables.append(table(["base policy", *common, "error", "k < 10", "k >= 40"], policies))
+    if heads:
+        heading = ["head", "base policy", "network", *common]
+        tables.append(table([*heading, "base", "base + head", "k < 10", "k >= 40"], heads))
+    return "\n\n".join(tables) or "No records."
 
 
 def speed_section(results: Results) -> str:
     """Control steps per second of one process, by row; machine, versions and weights."""
     lines = []
+    chosen = results.grid.headline.speed
     for row in results.grid.rows:
+        if chosen and row.label not in chosen:
+            continue
         mine = [r["speed"] for r in results.all() if r["label"] == row.label and r["speed"]]
         seconds, steps = (sum(s[name] for s in mine) for name in ("seconds", "control_steps"))
         if not seconds:
@@ -353,15 +472,19 @@ def speed_section(results: Results) -> str:
         shares = [sum(s[f"{name}_share"] * s["seconds"] for s in mine) / seconds for name in parts]
         lines.append([row.label, str(steps), f"{steps / seconds:.1f}", *(f"{100 * share:.0f}%" for share in shares)])
     heading = ["row", "control steps", "per second and process", "simulation", "policy", "head"]
+    versions: dict[str, set[str]] = {}
+    for result in results.all():
+        for name, version in result["versions"].items():
+            versions.setdefault(name, set()).add(str(version))
     facts = {
         "machine": {f"{m['processor']}, {m['processors']} processors" for m in (r["machine"] for r in results.all())},
-        "versions": {", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in results.all()},
+        "versions": {", ".join(f"{name} {'/'.join(sorted(known))}" for name, known in versions.items())},
         "renderer": {str(r["environment"]["renderer"]) for r in results.all()},
         "policies": {r["policy_id"] for r in results.all() if "policy_id" in r},
-        "heads": {f"{r['head']} ({r['head_sha256'][:12]})" for r in results.all() if "head" in r},
     }
     notes = [f"- {name}: {'; '.join(sorted(values))}" for name, values in facts.items() if values]
-    return "\n".join([table(heading, lines), "", "Resets are included.", "", *notes]) if lines else f"{NOT_RUN}."
+    resets = "Resets are included. The JSON files have all rows, and the hash of every head."
+    return "\n".join([table(heading, lines), "", resets, "", *notes]) if lines else f"{NOT_RUN}."
 
 
 def _curves(results: Results, variant: str, pairs: Mapping[int, Pair]) -> list[Curve]:
@@ -373,8 +496,9 @@ def _curves(results: Results, variant: str, pairs: Mapping[int, Pair]) -> list[C
         points = {}
         for x, pair in pairs.items():
             found = results.get(row, pair)
-            if found is not None and found["total"]["episodes"]:
-                points[x] = (found["total"]["success_rate"], *found["total"]["wilson_95"])
+            successes, fine, _ = counts(found, results.grid.episodes) if found else (0, 0, 0)
+            if fine:
+                points[x] = (successes / fine, *wilson_interval(successes, fine))
         if points:
             curves.append(Curve(row.label, points))
     if variant == STATIC and curves:
@@ -412,7 +536,12 @@ def sections(results: Results) -> dict[str, str]:
         "targets": targets_section(results),
         "table1": paper_table(results, paper.TABLE_1),
         "table7": "\n\n".join(
-            part for part in (paper_table(results, table_7), adjusted_section(results, tuple(table_7))) if part
+            part
+            for part in (
+                paper_table(results, table_7, results.grid.episodes),
+                adjusted_section(results, tuple(table_7), results.grid.episodes),
+            )
+            if part
         ),
         "grid": grid_section(results),
         "plots": plots_section(results),

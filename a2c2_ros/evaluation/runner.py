@@ -1,7 +1,8 @@
 """Runs the missing episodes of cells and writes the result of each cell as soon as it is complete."""
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,43 @@ def progress(items: Sequence[Item], tasks: Sequence[int]) -> Progress:
 
 
 def publish(item: Item, tasks: Sequence[int]) -> None:
-    """Write the result of a complete cell, unless the file has these very rollouts already, perhaps among others."""
+    """Write the result of a complete cell, unless the file has more.
+
+    A file of equal settings is kept if it has these very rollouts, perhaps among others, or more valid ones. A file of
+    other settings is replaced. Both are told.
+    """
     new = summarise(item.cell, item.store.settings, tasks, item.store.read(tasks, item.episodes))
     if item.out.exists():
         old = json.loads(item.out.read_text(encoding="utf-8"))
-        same = not differing(old, item.store.settings) and old.get("tasks") == list(tasks)
-        if same and all(rollout in old["rollouts"] for rollout in new["rollouts"]):
-            return
+        wrong = differing(old, item.store.settings)
+        count, fresh = valid(old), valid(new)
+        if not wrong:
+            same = old.get("tasks") == list(tasks)
+            if same and all(rollout in old["rollouts"] for rollout in new["rollouts"]):
+                return
+            if fresh < count:
+                tqdm.write(
+                    f"{item.out} is kept: it has {count} valid episodes of the same settings, {fresh} were run here",
+                    file=sys.stderr,
+                )
+                return
+        which = f"other settings ({'; '.join(wrong)})" if wrong else "the same settings"
+        tqdm.write(f"{item.out} is replaced: {count} valid episodes of {which}, {fresh} were run here", file=sys.stderr)
     write_result(item.out, new)
+
+
+def valid(result: Mapping[str, Any]) -> int:
+    """Episodes of a result that ended without an exception."""
+    return sum(rollout["error"] is None for rollout in result["rollouts"])
+
+
+def stored(path: Path, settings: Mapping[str, Any]) -> str:
+    """What a result's file holds, in words; empty if there is none."""
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    other = f" of other settings ({'; '.join(wrong)})" if (wrong := differing(result, settings)) else ""
+    return f"result: {valid(result)}{other}"
 
 
 def run_items(

@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "transformer": "a2c2_ros.heads.transformer:TransformerHead",
 }
 ARCHITECTURE_KEY, CONFIG_KEY = "architecture", "config"
-ABLATIONS = ("tau", "latent", "language", "images")  # inputs that a head can be trained without
+ABLATIONS = ("tau", "latent", "language", "images", "base_action")  # inputs that a head can be trained without
 LATENT_STATISTICS = ("latent_mean", "latent_std")
 RANDOM_RESIDUAL = 0.01  # mean absolute residual of a random head [action units]
 
@@ -46,6 +46,7 @@ class HeadConfig:
     without: tuple[str, ...] = ()  # of ABLATIONS: the graph puts zeros in their place; without images: no cameras
     residual_limit: float = 0.0  # largest residual [action units], by tanh; 0: none
     reactive: bool = False  # control: the action from the newest observation alone; the residual leads to it
+    clock: bool = False  # a reactive head gets the chunk's slot and latent all the same, which tell the time
 
     def __post_init__(self) -> None:
         for name in ("action_names", "state_names", "cameras", "without"):
@@ -56,6 +57,8 @@ class HeadConfig:
             raise ConfigError(f"residual_limit is {self.residual_limit}, allowed is 0 (none) or more")
         if self.reactive and self.residual_limit:
             raise ConfigError(f"residual_limit is {self.residual_limit}, a reactive head allows none")
+        if self.clock and not self.reactive:
+            raise ConfigError("clock is True, only a reactive head allows it: every other has the clock")
         if "images" in self.without:
             object.__setattr__(self, "cameras", ())
         for name in ("action_names", "state_names"):
@@ -66,7 +69,9 @@ class HeadConfig:
     def unseen(self) -> frozenset[str]:
         """Arguments of :meth:`Head.fuse` that the network gets zeros for."""
         names = {"time_feature" if name == "tau" else name for name in self.without}
-        return frozenset(names | {"base_action", "time_feature", "latent"} if self.reactive else names)
+        if self.reactive:
+            names |= {"base_action"} if self.clock else {"base_action", "time_feature", "latent"}
+        return frozenset(names)
 
 
 class Head(nn.Module):
@@ -75,7 +80,7 @@ class Head(nn.Module):
     Inputs are raw: normalisation is inside, in buffers. Each camera's image is encoded on its own, so that this may
     happen when the image arrives; the fusion is what is left for the control tick. An input of size 0 is a (B, 0)
     tensor and is not used. An architecture is :meth:`_encode` and :meth:`_fuse`; what the configuration takes away from
-    it (``without``, ``residual_limit``, ``reactive``) is here, inside the exported graph.
+    it (``without``, ``residual_limit``, ``reactive``, ``clock``) is here, inside the exported graph.
     """
 
     architecture: ClassVar[str]
@@ -277,7 +282,7 @@ def load_head(path: str | Path) -> Head:
 def variant(head: Head) -> str:
     """The architecture's name, with what the head was made without: "compact", "compact without tau, latent"."""
     config = head.config
-    parts = [head.architecture] + (["reactive"] if config.reactive else [])
+    parts = [head.architecture] + (["reactive"] if config.reactive else []) + (["with clock"] if config.clock else [])
     parts += [f"without {', '.join(config.without)}"] if config.without else []
     parts += [f"limited to {config.residual_limit:g}"] if config.residual_limit else []
     return " ".join(parts)

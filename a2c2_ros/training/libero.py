@@ -22,7 +22,11 @@ from a2c2_ros.jobs import run_job
 from a2c2_ros.paths import share_directory
 
 PLAN_FILE = "libero_training.yaml"
-TRAINERS = {"flow": "training.train_policy", "smolvla": "training.smolvla"}
+TRAINERS = {
+    "flow": "training.train_policy",
+    "smolvla": "training.smolvla",
+    "temperature": "training.temperature",
+}
 """Command per kind of policy."""
 RECORD_FILE = "training.json"
 SECTIONS = ("data", "models", "records", "demonstrations", "policies", "heads", "visited")
@@ -136,10 +140,13 @@ def steps(plan: Mapping[str, Any], workers: int) -> Iterator[Step]:
     )
     for name, values in plan["policies"].items():
         folder, kind = models / name, values.get("kind", "flow")
-        others = {key: value for key, value in values.items() if key != "kind"}
-        yield step(name, TRAINERS[kind], folder / RECORD_FILE, data=data, out=folder, workers=workers, **others)
-        # Policies other than flow take batches on all cores instead of workers.
-        how = {"workers": workers} if kind == "flow" else {"kind": "lerobot"}
+        given: dict[str, Any] = {"data": data, "out": folder, "workers": workers}
+        given |= {key: value for key, value in values.items() if key != "kind"}
+        if kind == "temperature":  # a copy of another one
+            given = {"policy": models / given["policy"], "temperature": given["temperature"], "out": folder}
+        yield step(name, TRAINERS[kind], folder / RECORD_FILE, **given)
+        # SmolVLA takes batches on all cores instead of workers.
+        how = {"kind": "lerobot"} if kind == "smolvla" else {"workers": workers}
         yield step(f"{name}: chunks", "training.cache_chunks", None, data=data, policy=folder, **how, views=1)
     for name in plan["heads"]:
         yield from trained(name)

@@ -139,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--without", choices=ABLATIONS, nargs="+", default=[], help="ablation: inputs to take away")
     p.add_argument("--residual-limit", type=float, default=0.0, help="largest residual [action units]; 0: none")
     p.add_argument("--reactive", action="store_true", help="control: the action itself from the observation alone")
+    p.add_argument("--clock", action="store_true", help="a reactive head gets time feature and latent all the same")
     p.add_argument("--draws", type=int, help="slots per encoded observation")
     p.add_argument("--loss-unit", choices=sorted(LOSS_UNITS), help="unit of the squared error")
     LoopConfig.add_arguments(p, learning_rate=None, schedule=None, weight_decay=None)
@@ -174,8 +175,8 @@ def run(arguments: argparse.Namespace, init: Head | None) -> None:
         A2C2Error: If something does not fit, or the folder has a head.
     """
     recipe = HeadRecipe(
-        # One observation of a reactive head is one sample, whatever the slot.
-        draws=1 if arguments.reactive else arguments.draws,
+        # One observation of a head that does not see the slot is one sample.
+        draws=1 if arguments.reactive and not arguments.clock else arguments.draws,
         loss_unit=arguments.loss_unit,
         slots=tuple(arguments.slots) if arguments.slots else None,
         mismatch=arguments.mismatch,
@@ -209,6 +210,7 @@ def run(arguments: argparse.Namespace, init: Head | None) -> None:
             without=tuple(arguments.without),
             residual_limit=arguments.residual_limit,
             reactive=arguments.reactive,
+            clock=arguments.clock,
         )
     else:
         check_init(init, facts, data, chunks, arguments)
@@ -248,6 +250,7 @@ def options_of(head: Head) -> dict[str, object]:
         "without": list(config.without),
         "residual_limit": config.residual_limit,
         "reactive": config.reactive,
+        "clock": config.clock,
         "image_size": getattr(config, "encoded_size", 0),
     }
 
@@ -353,7 +356,8 @@ def make_head(
             head has random weights then, and no statistics.
         data_hash: Of the data that it will be trained on.
         image_size: Side that a transformer's images are scaled to [pixels]; 0 leaves them.
-        **options: Further fields of :class:`HeadConfig`: ``without``, ``residual_limit``, ``reactive``.
+        **options: Further fields of :class:`HeadConfig`: ``without``, ``residual_limit``, ``reactive``,
+            ``clock``.
 
     Raises:
         ConfigError: If the options do not go together.
@@ -593,7 +597,8 @@ def departures(
     if recipe.mismatch:
         lines.append(f"{recipe.mismatch:.0%} of the base chunks are of another frame of the task.")
     if config.reactive:
-        lines.append("Control: behaviour cloning per step, without base action, time feature and latent.")
+        unseen = "base action" if config.clock else "base action, time feature and latent"
+        lines.append(f"Control: behaviour cloning per step, without {unseen}.")
     if config.without:
         lines.append(f"Ablation: without {', '.join(config.without)}.")
     if config.residual_limit:
