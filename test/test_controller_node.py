@@ -421,6 +421,33 @@ def test_correction_and_its_head_can_be_switched_off_together(loading):
         assert node._loop.head is None and not node._loop.config.correction__enabled
 
 
+def chunk_of_the_panda(t_obs_ns, position):
+    names = load_profile("panda").robot.action_names
+    actions = np.tile(np.float32(position), (50, 1))
+    return ActionChunk(t_obs_ns // PERIOD_NS, t_obs_ns, PERIOD_NS, actions, names, [], [], "policy", "planner")
+
+
+def test_a_chunk_of_before_the_activation_is_not_executed_by_a_loop_that_is_new():
+    position = np.array([0.0, 0, 0, -1, 0, 1, 0, 0.02])
+    with controller(lockstep=True) as node:
+        now_ns = 10**12 + 10 * PERIOD_NS
+        observation = Observation({"joint_position": position}, {"joint_position": now_ns})
+        node._loop.install(chunk_of_the_panda(10**12, position), now_ns)
+        assert node._loop.tick(now_ns, observation).reason == Reason.NO_CHUNK
+        node._loop.install(chunk_of_the_panda(now_ns, position), now_ns)
+        assert node._loop.tick(now_ns, observation).state == State.BASE_ONLY
+
+
+def test_a_rehearsal_does_not_wait_for_an_arm_that_is_not_commanded():
+    position, goal = np.array([0.0, 0, 0, -1, 0, 1, 0, 0.02]), np.array([1.0, 0, 0, -1, 0, 1, 0, 0])
+    with controller() as node:
+        loop = node._rehearsal
+        loop.install(chunk_of_the_panda(10**12, goal), 10**12)
+        for t_ns in range(10**12, 10**12 + 40 * PERIOD_NS, PERIOD_NS):
+            step = loop.tick(t_ns, Observation({"joint_position": position}, {"joint_position": t_ns}))
+        assert step.state == State.BASE_ONLY
+
+
 def test_a_wider_margin_counts_for_the_rehearsal_and_its_refusals_stop_nothing(monkeypatch):
     with controller(lockstep=True) as node:
         robot = load_profile("panda").robot

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from a2c2_ros.core import controller
+from a2c2_ros.core import controller, governor
 from a2c2_ros.core.buffer import ChunkBuffer
 from a2c2_ros.core.config import ControllerConfig, Parameters
 from a2c2_ros.core.controller import CorrectionLoop
@@ -30,7 +30,7 @@ ACTIONS = np.tile([0.5, 0.5], (40, 1)).astype(np.float32)
 class Bench:
     """A judge of a two-joint arm, and a loop that the test plays."""
 
-    def __init__(self, kind="position", **rules):
+    def __init__(self, kind="position", following=(0.6, np.inf), **rules):
         self.judge = Judge(
             Rules(
                 kind=kind,
@@ -42,6 +42,7 @@ class Bench:
                 period_ns=PERIOD_NS,
                 max_ages_ns={"joints": 120_000_000},
                 measured_stream="joints" if kind == "position" else "",
+                following=np.array(following),
                 **rules,
             )
         )
@@ -119,8 +120,10 @@ def test_a_safe_sequence_passes_and_its_delays_are_measured():
     for command in ([0.2, 0.2], [0.15, 0.15], [0.15, 0.15], None):
         bench.tick(command, State.STOPPED, Reason.DISABLED)
     bench.judge.enable()
-    bench.sample((0.4, 0.4)).tick((0.5, 0.5)).sample().tick((0.5, 0.45))
-    bench.judge.finish(9, {State.RUNNING: 5, State.STOPPED: 4}, {Reason.NONE: 9}, 1)
+    fresh = {"chunk_id": 2, "t_obs_ns": bench.now_ns}
+    bench.chunk(**fresh)
+    bench.sample((0.4, 0.4)).tick((0.5, 0.5), slot=0, **fresh).sample((0.4, 0.4)).tick((0.5, 0.45), slot=1, **fresh)
+    bench.judge.finish(9, {State.RUNNING: 5, State.STOPPED: 4}, {Reason.NONE: 9}, 2)
     assert not bench.judge.violations
     assert [(d.ticks, d.ms, d.cause) for d in bench.judge.holds] == [(1, 50.0, "latched")]
     assert [d.ticks for d in bench.judge.recoveries] == [0]
@@ -163,7 +166,7 @@ UNSAFE = {
     ),
     "a residual beyond its limit": (
         ELSEWHERE,
-        lambda b: b.move(-0.9).sample().tick((-1.0, -1.0), residual=np.full(2, -4.1)),
+        lambda b: b.move(-0.9).sample((-0.9, -0.9)).tick((-1.0, -1.0), residual=np.full(2, -4.1)),
     ),
     "silence while it moves": (ELSEWHERE, lambda b: b.move(0.0).sample().tick(None)),
     "a residual that is NaN": (ELSEWHERE, lambda b: b.move(0.0).sample().tick((0.1, 0.1), residual=np.full(2, NAN))),
@@ -202,6 +205,28 @@ UNSAFE = {
     "enabled while pressed": (
         "latched",
         lambda b: (b.move(0.0), b.judge.emergency_stop(True, b.now_ns), b.judge.enable(accepted=True)),
+    ),
+    "a chunk of before a stop": (
+        STALE,
+        lambda b: (
+            b.move(0.0),
+            b.judge.disable(),
+            b.hold(0.0, state=State.STOPPED),
+            b.judge.enable(),
+            b.move(0.0),
+        ),
+    ),
+    "moves on without its arm": (
+        "following",
+        lambda b: b.move(*np.arange(0.0, 0.65, 0.1)).sample((-0.1, 0.6)).tick((0.7, 0.7)),
+    ),
+    "stopped while it follows": (
+        "following",
+        lambda b: b.move(0.0, 0.1, 0.2).hold(0.1, 0.0, reason=Reason.NOT_FOLLOWING, state=State.STOPPED),
+    ),
+    "a hold that jumps to an arm that lags": (
+        "step limit",
+        lambda b: b.move(0.0, 0.1, 0.2).hold(0.0),
     ),
     "motion after a defect": ("latched", lambda b: (b.move(0.0), b.judge.defect(), b.move(0.1))),
     "wrong ticks": ("counters", lambda b: b.move(0.0).judge.finish(2, {State.RUNNING: 1}, {Reason.NONE: 1}, 1)),
@@ -268,6 +293,16 @@ def test_pose_deltas_hold_with_zero_motion_in_the_same_tick():
     assert last((0.0, -1.0)).broken() == {"hold bound"}, "the gripper keeps its last command"
 
 
+def test_a_hold_starts_where_an_arm_far_behind_is_and_nowhere_else():
+    def held(*commands):
+        return Bench().move(*np.arange(0.0, 0.85, 0.1)).hold(*commands).broken()
+
+    assert not held(0.0, 0.0)
+    assert held(0.7, 0.0) == {"step limit", "hold bound"}, "it goes back on a ramp"
+    assert held(-0.15, 0.0) == {"step limit", "hold bound"}
+    assert held(0.05, 0.0) == {"hold bound"}
+
+
 # --- a loop that is broken on purpose -----------------------------------------------------------------------------
 
 
@@ -289,8 +324,18 @@ def old_slot(self, t_tick_ns, observed_from_ns=0, _select=ChunkBuffer.select):
     return _select(self, t_tick_ns)
 
 
+def keeps_chunks(self, step, t_tick_ns, measured):
+    step.verdict = self.latch.verdict
+    return self._governor.halt(measured)
+
+
+def forgets(self, _release=Governor.release):
+    _release(self)
+    self._kept = None
+
+
 def any_command(self, command, stamp_ns, latest_ns):
-    self._command, self._stamp_ns = np.resize(np.float32(command), self._size), stamp_ns
+    self._command, self._stamp_ns, self._is_over = np.resize(np.float32(command), self._size), stamp_ns, False
 
 
 def never_pressed(self, pressed, now_ns, _signal=Latch.emergency_stop):
@@ -329,9 +374,9 @@ MUTATIONS = {
     "any chunk": (replaced(ChunkGate, "check", lambda self, chunk, now_ns: None), {STALE, "planners took turns"}),
     "any planner": (replaced(ChunkGate, "follow", lambda self, chunk: None), {"planners took turns"}),
     "a slot ahead": (replaced(ChunkBuffer, "select", next_slot), {STALE}),
-    "clock jumps forgotten": (replaced(CorrectionLoop, "forget", lambda self: None), {STALE}),
+    "clock jumps forgotten": (replaced(CorrectionLoop, "forget", lambda self: None), {STALE, "no recovery"}),
     "no approach": (replaced(Governor, "approach", lambda self, measured: None), {"recovery jump"}),
-    "outside is inside": (replaced(Governor, "outside", lambda self, measured: ""), {"recovery jump"}),
+    "outside is inside": (replaced(Governor, "outside", lambda self, m: ""), {"recovery jump", "hold bound"}),
     "impossible is measured": (
         replaced(Governor, "_is_outside", lambda self, measured: np.zeros(len(measured), bool)),
         {"hold bound", "recovery jump"},
@@ -348,7 +393,12 @@ MUTATIONS = {
         {STALE},
     ),
     "nobody takes over": (replaced(Takeover, "command", lambda self, t, timeout: None), {"takeover"}),
-    "old chunks after a takeover": (replaced(ChunkBuffer, "select", old_slot), {"takeover"}),
+    "old chunks after a takeover or a stop": (replaced(ChunkBuffer, "select", old_slot), {"takeover", STALE}),
+    "old chunks after a stop": (replaced(CorrectionLoop, "_stopped", keeps_chunks), {STALE}),
+    "an arm that does not follow": (replaced(Governor, "not_following", lambda self, measured: ""), {"following"}),
+    "an arm that follows is stopped": (replaced(Governor, "not_following", lambda self, measured: "x"), {"following"}),
+    "a hold from a command that ran away": (replaced(governor, "TRACKING_LAG_S", 1e9), {"step limit", "hold bound"}),
+    "a gripper forgotten in silence": (replaced(Governor, "release", forgets), {"recovery jump"}),
     "any parameter": (replaced(Parameters, "_check_field", lambda self, item, value: None), {"parameters"}),
     "refusals not counted": (replaced(CorrectionLoop, "refused", lambda self, error: None), {"counters"}),
 }

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("rclpy")
 
+from a2c2_ros.msg import ControlStep
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from ros_bench import ros
@@ -16,10 +17,11 @@ from std_msgs.msg import String
 
 from a2c2_ros.core.errors import PolicyError
 from a2c2_ros.core.observation import Observation
+from a2c2_ros.core.safety import Reason
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.nodes import chunk_planner
 from a2c2_ros.nodes.chunk_planner import IDLE_REPORTS, ChunkPlanner
-from a2c2_ros.nodes.conversions import to_ns
+from a2c2_ros.nodes.conversions import to_ns, to_time
 from a2c2_ros.policies.base import PolicyOutput
 
 WAIT_S = 30.0
@@ -133,6 +135,31 @@ def test_instructions_that_follow_each_other_do_not_pile_up_inferences(bench):
     (chunk,) = bench.chunks
     assert chunk.instruction == "fourth"
     assert to_ns(chunk.header.stamp) == T0_NS + 12 * STEP_NS, "as it was when the worker became free"
+
+
+def test_when_the_robot_waits_after_a_stop_an_inference_starts_at_once(bench):
+    def step(n, reason):
+        message = ControlStep(reason=reason)
+        message.header.stamp = to_time(T0_NS + n * STEP_NS)
+        bench.node._on_control_step(message)
+
+    bench.say("go")
+    bench.observe(0)
+    bench.inference_begins()
+    bench.inference_ends()
+    for n, reason in enumerate((Reason.NONE, Reason.DISABLED, Reason.DISABLED), start=1):
+        step(n, reason)
+        bench.observe(n)
+    assert len(bench.chunks) == 1, "e is 10 steps"
+    step(4, Reason.NO_CHUNK)  # enabled
+    bench.observe(4)
+    bench.inference_begins()
+    step(5, Reason.NO_CHUNK)
+    bench.inference_ends()
+    step(6, Reason.NO_CHUNK)
+    bench.observe(6)
+    assert [to_ns(chunk.header.stamp) for chunk in bench.chunks] == [T0_NS, T0_NS + 4 * STEP_NS]
+    assert len(bench.policy.instructions) == 3, "one is enough"
 
 
 def test_a_failed_inference_is_tried_again_soon(bench):

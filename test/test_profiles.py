@@ -222,6 +222,11 @@ ERRORS = [  # profile, changes, path of the entry, words of the reason
     ("mock", {"limits.lower": [0.0, None, 0.0, 0.0]}, "limits.lower[1]", "None"),
     ("mock", {"limits.upper": [1.0]}, "limits.upper", "one number for each"),
     ("mock", {"limits.upper": 1.0}, "limits.upper", "named entries"),
+    ("mock", {"limits.following": {"joint1": 0}}, "limits.following", "above 0, or null for none; 'joint1' has 0"),
+    ("mock", {"limits.following": {"joint1": "x"}}, "limits.following.joint1", "or null"),
+    ("mock", {"limits.following": {"joint9": 1.0}}, "limits.following.joint9", "not known"),
+    ("mock", {"limits.following": {"gripper": 0.1}}, "limits.following", "null for 'gripper', which is not measured"),
+    ("panda_servo", {"limits.following": {"x": 0.1}}, "limits.following", "not used"),
     ("mock", {"hold.kind": "stop"}, "hold.kind", "'delta'"),
     ("mock", {"hold.kind": "delta"}, "hold.kind", "'position' with command.kind 'joint_trajectory'"),
     ("mock", {"hold.keep": ["hand"]}, "hold.keep[0]", "'hand'"),
@@ -230,6 +235,8 @@ ERRORS = [  # profile, changes, path of the entry, words of the reason
     ("mock", {"max_age_s.joint_states": GONE}, "max_age_s.joint_states", "missing"),
     ("mock", {"max_age_s.joint_states": float("inf")}, "max_age_s.joint_states", "inf"),
     ("mock", {"max_age_s.ee_pose": 0.1}, "max_age_s.ee_pose", "not used"),
+    ("mock", {"hold.keep": ["gripper", "joint2"], "hold.keep_default": [-1, 0]}, "hold.keep", "'joint2' has 'joint2'"),
+    ("panda_servo", {"hold.keep": ["gripper", "x"], "hold.keep_default": [-1, 0]}, "hold.keep", "['gripper'], the"),
     ("panda_servo", {"hold.kind": "position"}, "hold.kind", "'delta' with command.kind 'twist_stamped'"),
     ("panda_servo", {"command.frame_id": GONE}, "command.frame_id", "missing"),
     ("panda_servo", {"command.joints": ["a"]}, "command.joints", "not used"),
@@ -358,20 +365,44 @@ def test_a_continuous_joint_has_less_than_a_turn(load, tmp_path, scale):
     """An angle that the driver wraps is never inside: a hold at a measurement inside would turn the joint back."""
     urdf = tmp_path / "mock.urdf"
     urdf.write_text(urdf.read_text().replace('"arm_joint1" type="revolute"', '"arm_joint1" type="continuous"'))
-    widest = 2 * np.pi - 0.5
     changes = {"command.scale": [1.0, 1.0, scale], "limits.lower": {"joint1": -1.0}}  # the driver's order
-    upper = widest / abs(scale) - 1.0
+    step = 0.5 / 20  # the velocity limit and the control rate: what lies outside by less is still believed
+    widest = (2 * np.pi - 0.5) / abs(scale) - step
+    upper = widest - 1.0
     assert load("mock", changes | {"limits.upper": {"joint1": upper - 1e-6}}).robot.limits.lower[0] == -1.0
     with pytest.raises(ConfigError) as caught:
         load("mock", changes | {"limits.upper": {"joint1": upper + 1e-3}})
     text = str(caught.value)
     assert "entry 'limits.upper' is" in text and "joint 'arm_joint1' is continuous" in text
-    assert f"at most lower + {widest / abs(scale):.3f} for 'joint1', which has -1 to {upper + 1e-3:g}" in text
+    assert f"at most lower + {widest:.3f} for 'joint1', which has -1 to {upper + 1e-3:g} and steps of {step:g}" in text
+    with pytest.raises(ConfigError, match="entry 'limits.upper' is"):
+        load("mock", changes | {"limits.upper": {"joint1": upper - 1e-6}, "limits.velocity.joint1": 1.0})
+    changes |= {"limits.velocity.joint1": 9.0, "limits.step": {"joint1": step}}
+    load("mock", changes | {"limits.upper": {"joint1": upper - 1e-6}})
 
 
 def test_a_joint_with_ends_does_not_wrap(load):
     changes = {"limits.lower": {"joint2": -9.0}, "limits.upper": {"joint2": 9.0}}
     assert load("mock", changes).robot.limits.upper[1] == 9.0
+
+
+def test_the_range_of_a_continuous_joint_needs_the_control_rate(load, tmp_path):
+    urdf = tmp_path / "mock.urdf"
+    urdf.write_text(urdf.read_text().replace('"arm_joint1" type="revolute"', '"arm_joint1" type="continuous"'))
+    gone = ("points", "time_from_start_s", "stamp")
+    changes = {"command.kind": "float64_multi_array"} | {f"command.{key}": GONE for key in gone}
+    changes |= {"limits.lower": {"joint1": -1.0}, "limits.upper": {"joint1": 1.0}}
+    load("mock", changes)
+    with pytest.raises(ConfigError, match="entry 'rates.control_rate_hz' is missing"):
+        load("mock", changes | {"rates": GONE})
+
+
+def test_how_far_an_arm_may_be_from_its_command(load):
+    limits = load("mock", {}).robot.limits.at(50_000_000)
+    np.testing.assert_allclose(limits.following, [0.3, 0.5, 0.5, np.inf])
+    limits = load("mock", {"limits.following": {"joint2": None, "joint3": 0.7}}).robot.limits.at(50_000_000)
+    np.testing.assert_allclose(limits.following, [0.25, np.inf, 0.7, np.inf])
+    assert np.isinf(load_profile("bench_arm").robot.limits.at(50_000_000).following).all()
 
 
 def test_typed_limits_go_before_the_urdf(load):

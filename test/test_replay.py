@@ -102,6 +102,9 @@ def run(robot, seed):
             loop.fault("a defect")
         if n == 510:
             loop.enable()
+        stopped = loop.latch.verdict
+        if n % 10 == 0 and stopped is not None and stopped.reason == Reason.NOT_FOLLOWING:
+            loop.enable()
         problem = Verdict(State.HOLDING, Reason.CLOCK_STOPPED) if n in range(520, 524) else None
         step = loop.tick(t_tick_ns, Observation(dict(values), dict(newest)), problem)
         messages.append(step_to_message(step, STREAMS, StepTiming(0, 0, 0, 0), revision))

@@ -42,7 +42,7 @@ def test_enable_emergency_stop_and_diagnostics(bench, manifest):
     bench.chunk(manifest)
     bench.wait_for_state(ControlStep.RUNNING)
 
-    bench.spin_until(lambda: stop.get_subscription_count() == 1, "the controller's subscription")
+    bench.spin_until(lambda: stop.get_subscription_count() == 2, "the controller's subscriptions")
     stop.publish(Bool(data=True))
     halted = bench.wait_for_state(ControlStep.STOPPED, Reason.EMERGENCY_STOP)
     assert not np.any(halted.command[:6]), "no motion"
@@ -110,7 +110,7 @@ def test_an_emergency_stop_is_heard_while_a_head_is_loading(bench, manifest, tmp
     bench.wait_for_state(ControlStep.WAITING)
     bench.chunk(manifest)
     bench.wait_for_state(ControlStep.RUNNING)
-    bench.spin_until(lambda: stop.get_subscription_count() == 1, "the controller's subscription")
+    bench.spin_until(lambda: stop.get_subscription_count() == 2, "the controller's subscriptions")
     answer = bench.request_parameter("correction_controller", "correction.model_path", str(path))
     loads_ns = bench.now_ns() + 300_000_000  # later than the oldest observation that may be corrected
     bench.spin_until(

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from conftest import NAMES, STEP_NS, make_chunk, make_observation, make_robot
 
+from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import CorrectionLoop
-from a2c2_ros.core.errors import ChunkError, HeadError, ObservationError, StateError
+from a2c2_ros.core.errors import ChunkError, ConfigError, HeadError, ObservationError, StateError
 from a2c2_ros.core.health import Level, LoopHealth
-from a2c2_ros.core.observation import ObservationBuffer
+from a2c2_ros.core.limits import Limits
+from a2c2_ros.core.observation import Observation, ObservationBuffer
 from a2c2_ros.core.safety import HoldPolicy, Reason, State, Verdict
 from a2c2_ros.core.timing import StepTiming
+from a2c2_ros.drivers.profile import load_profile
 
 T0 = 1_000_000_000
 STEP = 0.125  # a power of two: sums are exact
@@ -94,6 +97,258 @@ def test_without_a_measurement_the_last_command_is_held():
     assert np.array_equal(arm.tick(joints=10).command, last)
 
 
+class Joint:
+    """The first joint of so101 and its loop, enabled; ``moves`` says where it is one period after a command."""
+
+    def __init__(self, moves, profile="so101", goal=1.8, **config):
+        self.robot = load_profile(profile).robot
+        self.loop = CorrectionLoop(
+            ControllerConfig(correction__enabled=False, start_state="enabled", **config), self.robot
+        )
+        self.step_rad = float(self.robot.limits.velocity[0]) * STEP_NS / 1e9
+        self.moves = moves
+        self.n, self.at = 0, 0.0
+        self.commanded, self.arm, self.steps = [], [], []
+        self.chunk(goal)
+
+    @property
+    def now_ns(self):
+        return T0 + self.n * STEP_NS
+
+    def chunk(self, goal):
+        actions = np.zeros((60, len(self.robot.action_names)), np.float32)
+        actions[:, 0], actions[:, -1] = goal, 0.5
+        chunk = ActionChunk(
+            self.n + 1, self.now_ns, STEP_NS, actions, self.robot.action_names, [], [], policy_id="test", planner_id="p"
+        )
+        self.loop.install(chunk, self.now_ns)
+
+    def ticks(self, n):
+        for _ in range(n):
+            values = {name: np.zeros(spec.shape, spec.dtype) for name, spec in self.robot.streams.items()}
+            values["joint_position"][0] = self.at
+            self.arm.append(self.at)
+            step = self.loop.tick(self.now_ns, Observation(values, dict.fromkeys(values, self.now_ns)))
+            self.steps.append(step)
+            self.n += 1
+            if step.command is not None:
+                self.commanded.append(float(step.command[0]))
+                self.at = self.moves(self)
+        return self.steps[-n:]
+
+
+def slow(rad_s):
+    def moves(joint):
+        largest = rad_s * STEP_NS / 1e9
+        return joint.at + float(np.clip(joint.commanded[-1] - joint.at, -largest, largest))
+
+    return moves
+
+
+def late(steps):
+    return lambda joint: joint.commanded[-1 - steps] if len(joint.commanded) > steps else joint.at
+
+
+@pytest.mark.parametrize("rad_s", [0.4, 0.2, 0.0])
+def test_a_stop_of_an_arm_far_behind_its_command_does_not_move_it_on(rad_s):
+    joint = Joint(slow(rad_s))
+    joint.ticks(round(0.3 / (1.2 - rad_s) / 0.05 * 1.2) + 1)  # farther behind than drivers lag
+    assert joint.steps[-1].state == State.BASE_ONLY
+    at_stop = joint.at
+    joint.loop.emergency_stop(True, joint.now_ns)
+    first = joint.ticks(30)[0]
+    assert outcome(first) == (State.STOPPED, Reason.EMERGENCY_STOP)
+    assert first.command[0] == pytest.approx(at_stop, abs=joint.step_rad)
+    assert max(abs(at - at_stop) for at in joint.arm[-30:]) <= joint.step_rad
+
+
+def test_an_arm_that_lags_as_drivers_do_stops_on_a_ramp():
+    joint = Joint(late(4))  # 0.2 s
+    joint.ticks(20)
+    assert joint.steps[-1].state == State.BASE_ONLY
+    joint.loop.disable()
+    joint.ticks(10)
+    steps = np.abs(np.diff(joint.commanded))
+    assert steps.max() <= joint.step_rad * (1 + 1e-6) and joint.commanded[-1] < joint.commanded[19] - joint.step_rad
+
+
+def test_only_the_joint_that_is_far_behind_holds_where_it_is():
+    arm = Arm()
+    arm.ticks(8)
+    arm.measured = np.array([arm.commands[-1][0] - 0.875, arm.commands[-1][1] + 0.25])
+    command = arm.tick(camera=10, follow=False).command
+    assert command[0] == arm.measured[0] and command[1] == arm.commands[-2][1] + STEP
+
+
+@pytest.mark.parametrize("reads", [np.nan, 1e30])
+def test_a_hold_does_not_jump_to_what_is_not_believed(reads):
+    arm = Arm()
+    last = arm.ticks(8)[-1].command
+    arm.measured = np.array([reads, last[1]])
+    arm.loop.disable()
+    assert arm.tick(follow=False).command[0] == last[0]
+
+
+def test_an_arm_that_stands_still_is_stopped_where_it_is_until_a_person_enables():
+    joint = Joint(slow(0.0))
+    joint.ticks(40)
+    stopped = next(step for step in joint.steps if step.state == State.STOPPED)
+    assert stopped.reason == Reason.NOT_FOLLOWING
+    assert 10 <= stopped.tick <= 12, "half a second of full speed"
+    assert stopped.detail.startswith("shoulder_pan is commanded to 0.6") and "measured at 0" in stopped.detail
+    assert stopped.command[0] == pytest.approx(0.0, abs=joint.step_rad)
+    assert {outcome(step) for step in joint.steps[stopped.tick :]} == {(State.STOPPED, Reason.NOT_FOLLOWING)}
+    assert joint.loop.silent
+    joint.moves = slow(4.7)
+    joint.loop.enable()
+    joint.chunk(1.0)
+    assert {step.state for step in joint.ticks(30)} == {State.BASE_ONLY} and joint.at == pytest.approx(1.0)
+
+
+def test_an_arm_that_is_slower_than_its_limits_is_stopped_and_one_that_lags_or_follows_is_not():
+    joint = Joint(slow(0.4))
+    joint.ticks(40)
+    assert outcome(joint.steps[-1]) == (State.STOPPED, Reason.NOT_FOLLOWING)
+    for moves in (late(0), late(2), late(4)):  # 0, 0.1 and 0.2 s
+        joint = Joint(moves)
+        assert {step.state for step in joint.ticks(25)} == {State.BASE_ONLY}
+        joint.chunk(-1.8)
+        assert {step.state for step in joint.ticks(50)} == {State.BASE_ONLY}, "and back at full speed"
+
+
+def test_a_person_may_press_the_arm_against_something_and_let_go():
+    joint = Joint(slow(0.0))
+    person = np.zeros(6)
+    person[0], person[5] = 1.8, 0.5
+    for _ in range(30):
+        joint.loop.take_over(person, joint.now_ns, joint.now_ns)
+        joint.ticks(1)
+    assert {step.state for step in joint.steps} == {State.TAKEOVER} and joint.commanded[-1] > 1.7
+    joint.ticks(6)
+    assert outcome(joint.steps[-1]) == (State.HOLDING, Reason.TAKEOVER_ENDED)
+    assert joint.commanded[-1] == pytest.approx(0.0, abs=joint.step_rad)
+    joint.moves = slow(4.7)
+    joint.chunk(0.5)
+    assert {step.state for step in joint.ticks(20)} == {State.BASE_ONLY}
+
+
+def test_pushed_away_in_a_hold_an_arm_goes_on():
+    arm = Arm()
+    arm.ticks(4)
+    arm.ticks(3, camera=10, follow=False)
+    arm.measured = np.array([-0.75, 0.75])
+    states = [step.state for step in arm.ticks(20)]
+    assert State.STOPPED not in states and states[-1] == State.BASE_ONLY
+
+
+def test_the_largest_distance_from_the_command_is_typed_in_or_follows_from_the_limits():
+    names = ("a", "b", "c", "d", "e")
+    typed = {"b": 0.3, "c": None}
+    limits = Limits.of(names, [-1] * 5, [1] * 5, [None, None, None, 0.0, 0.1], [2, 2, 2, None, 100], typed)
+    np.testing.assert_allclose(limits.at(50_000_000).following, [1.0, 0.3, np.inf, np.inf, 1.0])
+    crawling = Limits.of(("a",), [-1], [1], None, [0.01]).at(50_000_000)
+    np.testing.assert_allclose(crawling.following, [0.04])
+    assert np.isinf(Limits.of(("a",), [-1], [1]).at(50_000_000).following).all(), "a channel that may jump"
+    with pytest.raises(ConfigError, match="'following' is .*, allowed is above 0"):
+        Limits.of(("a",), [-1], [1], None, [1.0], {"a": 0.0})
+
+
+def test_after_a_stop_the_robot_waits_for_what_was_observed_since():
+    arm = Arm()
+    arm.ticks(10)
+    arm.loop.emergency_stop(True, arm.now_ns)
+    arm.ticks(35)
+    arm.loop.emergency_stop(False, arm.now_ns)
+    arm.loop.enable()
+    steps = arm.ticks(5)
+    assert {outcome(step) for step in steps} == {(State.HOLDING, Reason.NO_CHUNK)}
+    assert all(step.command is None for step in steps), "it is silent by now"
+    late = make_chunk(arm.now_ns - 8 * STEP_NS, horizon=100, chunk_id=998)
+    arm.loop.install(late, arm.now_ns)
+    assert outcome(arm.tick()) == (State.HOLDING, Reason.NO_CHUNK), "observed before, it came after"
+    fresh_ns = T0 + 45 * STEP_NS
+    arm.loop.install(make_chunk(fresh_ns, horizon=100, chunk_id=999), arm.now_ns)
+    step = arm.tick()
+    assert step.state == State.BASE_ONLY and step.t_obs_ns == fresh_ns
+
+
+def test_what_a_person_commanded_before_a_stop_does_not_count_after_it():
+    arm = Arm(takeover_timeout_s=10.0)
+    arm.loop.take_over(np.array([0.25, 0.25, 0.0]), arm.now_ns, arm.now_ns)
+    assert arm.tick().state == State.TAKEOVER
+    arm.loop.disable()
+    arm.tick()
+    arm.loop.enable()
+    assert outcome(arm.tick()) == (State.HOLDING, Reason.NO_CHUNK)
+    arm.loop.take_over(np.array([0.25, 0.25, 0.0]), arm.now_ns, arm.now_ns)
+    assert arm.tick().state == State.TAKEOVER
+
+
+@pytest.mark.parametrize("away", ["stop", "forget"])
+def test_after_a_pause_or_a_clock_jump_old_chunks_that_come_again_are_not_executed(away):
+    arm = Arm()
+    arm.ticks(5)
+    if away == "stop":
+        list(arm.loop.stop(arm.now_ns, make_observation(arm.now_ns)))
+    else:
+        arm.loop.forget()
+    old_ns, arm.n = arm.now_ns + STEP_NS, arm.n + 40
+    for t_obs_ns in (T0, old_ns):  # before, and meanwhile
+        arm.loop.install(make_chunk(t_obs_ns, horizon=100, chunk_id=50 + t_obs_ns % 7), arm.now_ns)
+        assert outcome(arm.tick()) == (State.HOLDING, Reason.NO_CHUNK)
+    arm.chunk()
+    assert arm.ticks(2)[-1].state == State.BASE_ONLY
+
+
+def test_a_chunk_of_the_first_tick_after_a_clock_jump_counts():
+    arm = Arm()
+    arm.loop.forget()
+    arm.chunk()
+    assert arm.tick().state == State.BASE_ONLY
+
+
+def test_what_came_while_the_clock_was_ahead_between_two_ticks_is_forgotten():
+    arm = Arm(horizon=3)
+    arm.tick()
+    arm.n += 400
+    arm.chunk()
+    arm.loop.take_over(np.zeros(3), arm.now_ns, arm.now_ns)
+    arm.n -= 399
+    assert arm.tick().state == State.HOLDING
+    arm.chunk()
+    assert arm.tick().state == State.BASE_ONLY
+
+
+def test_a_chunk_that_was_too_old_stays_so_when_the_limit_is_raised():
+    arm = Arm(max_chunk_age_s=0.2)
+    arm.ticks(10)
+    arm.loop.configure(dataclasses.replace(arm.loop.config, max_chunk_age_s=5.0), None)
+    assert outcome(arm.tick()) == (State.HOLDING, Reason.CHUNK_EXPIRED)
+    arm.chunk()
+    assert arm.ticks(8)[-1].state == State.BASE_ONLY
+    arm.loop.configure(dataclasses.replace(arm.loop.config, max_chunk_age_s=6.0), None)
+    assert arm.tick().state == State.BASE_ONLY, "it was not too old"
+
+
+@pytest.mark.parametrize("away", ["disable", "stop"])
+def test_a_gripper_with_a_speed_limit_stays_closed_through_a_stop(away):
+    robot = dataclasses.replace(Arm().robot, limits=Limits.of(NAMES, [-1] * 3, [1] * 3, [STEP, STEP, STEP]))
+    arm = Arm(robot=robot)
+    arm.ticks(10)
+    assert arm.commands[-1][2] == 0.5, "keep_default is 0"
+    if away == "disable":
+        arm.loop.disable()
+        assert arm.ticks(25)[-1].command is None
+        arm.loop.enable()
+    else:
+        list(arm.loop.stop(arm.now_ns, make_observation(arm.now_ns)))
+    arm.chunk()
+    assert {step.command[2] for step in arm.ticks(10)} == {0.5}
+    arm.loop.reset()
+    arm.chunk()
+    assert arm.tick().command[2] == STEP, "a new loop does not know"
+
+
 def test_rearming_waits_then_starts_from_the_measured_state_without_a_jump():
     arm = Arm(rearm_after_s=0.15)
     arm.ticks(4)
@@ -146,6 +401,7 @@ def test_hardware_starts_disabled_and_simulation_enabled():
     step = arm.tick()
     assert (outcome(step), step.command) == ((State.STOPPED, Reason.DISABLED), None)
     arm.loop.enable()
+    arm.chunk()
     assert arm.tick().state == State.BASE_ONLY
     assert Arm(robot=hardware, start_state="enabled").tick().state == State.BASE_ONLY
     assert Arm(robot=make_robot(), start_state="disabled").tick().state == State.STOPPED
@@ -161,6 +417,7 @@ def test_disabling_holds_then_goes_silent_and_enabling_starts_from_the_measured_
     assert arm.loop.silent
     arm.measured = np.array([-0.5, 0.5])
     arm.loop.enable()
+    arm.chunk()
     assert arm.tick().command[:2].tolist() == [-0.375, 0.375]
 
 
@@ -175,6 +432,7 @@ def test_emergency_stop_latches():
     arm.loop.fault("something else")
     assert outcome(arm.tick()) == (State.STOPPED, Reason.EMERGENCY_STOP), "a release does not enable"
     arm.loop.enable()
+    arm.chunk()
     assert arm.tick().state == State.BASE_ONLY
 
 
@@ -189,6 +447,7 @@ def test_a_lost_emergency_stop_signal_stops():
     arm.loop.emergency_stop(False, arm.now_ns)
     assert arm.tick().state == State.STOPPED
     arm.loop.enable()
+    arm.chunk()
     assert arm.tick().state == State.BASE_ONLY
 
 
@@ -208,6 +467,7 @@ def test_a_fault_holds_until_it_is_acknowledged():
     step = arm.tick()
     assert (*outcome(step), step.detail) == (State.FAULT, Reason.INTERNAL_ERROR, "division by zero")
     arm.loop.enable()
+    arm.chunk()
     assert arm.tick().state == State.BASE_ONLY
 
 

@@ -1,5 +1,7 @@
 """A person's commands: who is executed when, and how the policy takes over again."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import STEP_NS, make_chunk
@@ -102,6 +104,16 @@ def test_a_command_of_the_future_is_refused_and_an_old_one_does_not_count(arm):
         take_over(arm, age_steps=-100)
     take_over(arm, age_steps=TIMEOUT_STEPS + 1)
     assert arm.tick().state == State.BASE_ONLY
+
+
+def test_a_command_that_has_timed_out_never_counts_again(arm):
+    drive(arm, 2)
+    arm.chunk()
+    arm.ticks(TIMEOUT_STEPS + 2)
+    arm.loop.configure(dataclasses.replace(arm.loop.config, takeover_timeout_s=10.0), None)
+    assert State.TAKEOVER not in {s.state for s in arm.ticks(3)}
+    drive(arm, 1)
+    assert arm.ticks(30)[-1].state == State.TAKEOVER
 
 
 def test_of_two_commands_the_newer_counts(arm):

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from a2c2_ros import provenance
+from a2c2_ros.commands import command
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.sim import conventions
 
@@ -106,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     p = parser()
@@ -117,12 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         json.dump(measure(args.way, args.task, args.steps), sys.stdout)
         return 0
     durations: dict[str, list[float]] = {way: [] for way in WAYS}
-    try:
-        for way in tqdm([way for _ in range(args.rounds) for way in WAYS], unit="run"):
-            durations[way] += run(way, args.task, args.steps)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for way in tqdm([way for _ in range(args.rounds) for way in WAYS], unit="run"):
+        durations[way] += run(way, args.task, args.steps)
     rows = []
     for way, values in durations.items():
         p50, p99 = np.percentile(values, [50, 99])

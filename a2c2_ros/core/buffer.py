@@ -54,6 +54,10 @@ class ChunkBuffer:
                 return chunk, slot
         return None
 
+    def observed_since(self, t_ns: int) -> bool:
+        """True if there is a chunk of an observation at or after this time [ns]."""
+        return bool(self._chunks) and self._chunks[0].t_obs_ns >= t_ns
+
     def __len__(self) -> int:
         return len(self._chunks)
 

@@ -142,6 +142,9 @@ class PlannerConfig(Parameters):
         low=0.01,
         high=10.0,
     )
+    future_tolerance_s: float = parameter(
+        FUTURE_TOLERANCE_S, "How far a stamp may lie in the future, as the controller's [s]", low=0.0, high=10.0
+    )
     seed: int = parameter(0, "Seed of the policy's noise and of the delay's jitter", low=0, high=2**31 - 1)
     lockstep: bool = parameter(
         False, "Answer every observation with planner_status; for simulators that wait", dynamic=False
@@ -167,6 +170,11 @@ class PlannerConfig(Parameters):
     def takeover_timeout_ns(self) -> int:
         """``takeover_timeout_s`` in nanoseconds."""
         return round(self.takeover_timeout_s * 1e9)
+
+    @property
+    def future_tolerance_ns(self) -> int:
+        """``future_tolerance_s`` in nanoseconds."""
+        return round(self.future_tolerance_s * 1e9)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from a2c2_ros.core.gate import ChunkGate
 from a2c2_ros.core.governor import Governor
 from a2c2_ros.core.head import CorrectionHead, HeadInput
 from a2c2_ros.core.limits import LimitFlag
-from a2c2_ros.core.observation import Observation
+from a2c2_ros.core.observation import CLOCK_JUMP_NS, Observation
 from a2c2_ros.core.robot import Robot
 from a2c2_ros.core.safety import MOVING, Latch, Reason, State, Verdict, stale_stream
 from a2c2_ros.core.takeover import Takeover
@@ -77,7 +77,11 @@ class CorrectionLoop:
         if not enabled:
             self.latch.disable()
         self._takeover = Takeover(len(robot.action_names))
-        self._observed_from_ns = 0  # a chunk of an older observation does not know what a person did since
+        # A chunk of an older observation does not count; None: what is older than the next tick. And the reason, while
+        # there is no other chunk.
+        self._observed_from_ns: int | None = 0
+        self._lacks = Reason.NO_CHUNK
+        self._oldest_ns: int | None = None  # a chunk of an older observation was too old at the last tick
         self._checked: tuple[ActionChunk, str] | None = None
         self._first_slot: tuple[ActionChunk | None, int] = (None, -1)
         self._bad_ns: int | None = None  # last tick at which an observation or the clock was bad
@@ -111,7 +115,14 @@ class CorrectionLoop:
         return self._governor.silent
 
     def configure(self, config: ControllerConfig, head: CorrectionHead | None) -> None:
-        """Use other parameters and another head from the next tick on."""
+        """Use other parameters and another head from the next tick on.
+
+        A chunk that was too old at the last tick stays so.
+        """
+        if self._oldest_ns is not None and self._oldest_ns > self._observed_from_ns:
+            if self._buffer.observed_since(self._observed_from_ns):
+                self._lacks = Reason.CHUNK_EXPIRED
+            self._observed_from_ns = self._oldest_ns
         self._config = config
         self._gate.configure(config)
         self._governor.halt_steps = config.halt_steps
@@ -181,17 +192,22 @@ class CorrectionLoop:
         self._governor.adopt(command)
 
     def forget(self) -> None:
-        """Forget every chunk, because the clock went back; what was commanded is still known."""
+        """Forget every chunk, because the clock went back or a time begins in which this loop controls the robot.
+
+        A chunk that is still on its way does not count if it was observed before the next tick. What was commanded is
+        still known.
+        """
         self._buffer.clear()
         self._gate.reset()
         self._takeover.clear()
-        self._observed_from_ns = 0
+        self._observed_from_ns, self._lacks, self._oldest_ns = None, Reason.NO_CHUNK, None
         self._bad_ns = None
         self._head_rests_until_ns = 0
 
     def reset(self) -> None:
-        """Start anew: no chunk, and the robot under no command. Latches stay."""
+        """As a new loop: no chunk, and the robot under no command. Latches stay."""
         self.forget()
+        self._observed_from_ns = 0
         self._governor.reset()
 
     def stop(self, t_tick_ns: int, observation: Observation) -> Iterator[np.ndarray]:
@@ -207,7 +223,8 @@ class CorrectionLoop:
             if self._governor.arrived:
                 break
             command, _ = self._governor.hold(measured)
-        self.reset()
+        self.forget()
+        self._governor.release()
 
     def tick(self, t_tick_ns: int, observation: Observation, problem: Verdict | None = None) -> ControlStep:
         """Run one control step.
@@ -270,9 +287,13 @@ class CorrectionLoop:
         problem: Verdict | None,
     ) -> tuple[np.ndarray | None, LimitFlag]:
         self.latch.watch(t_tick_ns)
+        if self._knows_the_future(t_tick_ns):
+            self.forget()
+        if self._observed_from_ns is None:
+            self._observed_from_ns = t_tick_ns
+        self._oldest_ns = t_tick_ns - self._config.max_chunk_age_ns
         if self.latch.verdict is not None:
-            step.verdict = self.latch.verdict
-            return self._governor.halt(self._measured(observation, ages))
+            return self._stopped(step, t_tick_ns, self._measured(observation, ages))
         person = self._takeover.command(t_tick_ns, self._config.takeover_timeout_ns)
         if person is None and self._governor.silent and not self._buffer:
             step.verdict = Verdict(State.WAITING, Reason.NO_CHUNK)
@@ -295,6 +316,12 @@ class CorrectionLoop:
                 step.verdict = self._correct(step, t_tick_ns, observation)
                 step.verdict = self._aged_meanwhile(step, t_tick_ns, ages) or step.verdict
             if step.verdict.state in MOVING:
+                if person is None and not self._governor.starting:
+                    # A person who drives sees the arm, and may press it against something.
+                    away = self._governor.not_following(measured)
+                    if away:
+                        self.latch.not_following(away)
+                        return self._stopped(step, t_tick_ns, measured)
                 approach = self._governor.approach(measured)
                 if approach is None:
                     return self._governor.move(step.action)
@@ -303,6 +330,22 @@ class CorrectionLoop:
             held = step.verdict
         step.verdict = held
         return self._governor.hold(measured)
+
+    def _knows_the_future(self, t_tick_ns: int) -> bool:
+        """True if the clock was ahead between two ticks: what came then would count when its time comes."""
+        age_ns = self._takeover.age_ns(t_tick_ns)
+        if age_ns is not None and age_ns < -CLOCK_JUMP_NS:
+            return True
+        return self._buffer.observed_since(t_tick_ns + CLOCK_JUMP_NS)
+
+    def _stopped(
+        self, step: "_Decision", t_tick_ns: int, measured: np.ndarray | None
+    ) -> tuple[np.ndarray | None, LimitFlag]:
+        """The latched state: what was observed or commanded until now does not move the robot when it is enabled."""
+        step.verdict = self.latch.verdict
+        self._observed_from_ns, self._lacks = t_tick_ns, Reason.NO_CHUNK
+        self._takeover.end()
+        return self._governor.halt(measured)
 
     def _observed(self, t_tick_ns: int, ages: dict[str, int], problem: Verdict | None) -> Verdict | None:
         """Why the observations do not let the robot move, or None."""
@@ -326,7 +369,7 @@ class CorrectionLoop:
         A person sees the robot, so a camera may be stale; where a position starts from must be known.
         """
         self._select(step, t_tick_ns)
-        self._observed_from_ns = t_tick_ns
+        self._observed_from_ns, self._lacks = t_tick_ns, Reason.TAKEOVER_ENDED
         if problem is not None:
             return problem
         stale = self._stale_measurement(ages)
@@ -349,9 +392,8 @@ class CorrectionLoop:
         """Pick the slot; why it may not be executed, or None."""
         selected = self._buffer.select(t_tick_ns, observed_from_ns)
         if selected is None:
-            if self._buffer.select(t_tick_ns) is not None:
-                return Verdict(State.HOLDING, Reason.TAKEOVER_ENDED)
-            return Verdict(State.HOLDING, Reason.CHUNK_EXPIRED if self._buffer else Reason.NO_CHUNK)
+            used_up = self._buffer.observed_since(self._observed_from_ns)
+            return Verdict(State.HOLDING, Reason.CHUNK_EXPIRED if used_up else self._lacks)
         chunk, slot = selected
         age_ns = t_tick_ns - chunk.t_obs_ns
         if age_ns > self._config.max_chunk_age_ns:

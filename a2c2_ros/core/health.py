@@ -140,7 +140,8 @@ class LoopHealth:
             **{f"ticks for {reason.name}": str(n) for reason, n in sorted(self._reasons.items()) if reason},
         }
         text = f"{last.state.name}: {last.reason.name}" if last.reason else last.state.name
-        if last.state == State.FAULT or last.reason in (Reason.EMERGENCY_STOP, Reason.EMERGENCY_STOP_LOST):
+        stops = (Reason.EMERGENCY_STOP, Reason.EMERGENCY_STOP_LOST, Reason.NOT_FOLLOWING)
+        if last.state == State.FAULT or last.reason in stops:
             return Status("state", Level.ERROR, text, values)
         asked_for = last.state in (State.RUNNING, State.WAITING, State.TAKEOVER) or last.state in LATCHED
         if not asked_for and last.reason != Reason.CORRECTION_DISABLED:

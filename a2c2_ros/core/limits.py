@@ -1,12 +1,18 @@
 """Limits of the commands that may leave the control loop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntFlag
 
 import numpy as np
 
 from a2c2_ros.core.errors import ConfigError
+
+FOLLOWING_S = 0.5
+"""An arm whose measurement is as far behind its command as the limits allow in this time does not follow [s]. More than
+twice what drivers and servos lag, 0.1 to 0.2 s."""
+FOLLOWING_SHARE = 0.02
+"""Part of a channel's range that an arm may always be away: however slow it has to be, it sags as before."""
 
 
 class LimitFlag(IntFlag):
@@ -30,6 +36,8 @@ class Limits:
     upper: np.ndarray  # (A,) float32
     step: np.ndarray | None = None  # (A,) float32, largest change per control step; inf for a channel without one
     velocity: np.ndarray | None = None  # (A,) float32, largest change per second; inf for a channel without one
+    following: np.ndarray | None = None  # (A,) float32, largest distance between command and measurement; inf for none,
+    # NaN for what follows from the other limits, see at()
     velocity_step: np.ndarray | None = None  # (A,) float32, velocity times the control period, see at()
 
     @classmethod
@@ -40,8 +48,12 @@ class Limits:
         upper: Sequence[float],
         step: Sequence[float | None] | None = None,
         velocity: Sequence[float | None] | None = None,
+        following: Mapping[str, float | None] | None = None,
     ) -> "Limits":
-        """Build and check limits for the named channels; a channel's None in ``step`` or ``velocity`` means none."""
+        """Build and check limits for the named channels; a channel's None means none.
+
+        ``following`` goes by name: a channel that it lacks has what follows from its other limits.
+        """
         arrays = {}
         for label, values in (("lower", lower), ("upper", upper), ("step", step), ("velocity", velocity)):
             if values is None:
@@ -64,13 +76,29 @@ class Limits:
             arrays[label] = array
         if (arrays["lower"] > arrays["upper"]).any():
             raise ConfigError(f"limit lower {arrays['lower'].tolist()} exceeds upper {arrays['upper'].tolist()}")
+        distances = [(following or {}).get(name, np.nan) for name in names]
+        arrays["following"] = np.array([np.inf if value is None else value for value in distances], np.float32)
+        if (arrays["following"] <= 0.0).any():
+            raise ConfigError(f"limit 'following' is {following}, allowed is above 0")
         return cls(**arrays)
 
     def at(self, period_ns: int) -> "Limits":
-        """These limits for a control period [ns]: the velocity becomes a largest change per control step."""
-        if self.velocity is None:
-            return self
-        return replace(self, velocity_step=(self.velocity * (period_ns / 1e9)).astype(np.float32))
+        """These limits for a control period [ns]: the velocity becomes a largest change per control step.
+
+        What a channel has no ``following`` for is the way of its largest steps in ``FOLLOWING_S``, at least
+        ``FOLLOWING_SHARE`` of its range. A channel that may jump, or may not move, has none.
+        """
+        period_s = period_ns / 1e9
+        limits = self
+        if self.velocity is not None:
+            limits = replace(self, velocity_step=(self.velocity * period_s).astype(np.float32))
+        step = limits.largest_step
+        if step is None:
+            step = np.full_like(self.lower, np.inf)
+        derived = np.maximum(step * (FOLLOWING_S / period_s), FOLLOWING_SHARE * (self.upper - self.lower))
+        derived = np.where(step > 0.0, derived, np.inf)
+        typed = derived if self.following is None else np.where(np.isnan(self.following), derived, self.following)
+        return replace(limits, following=typed.astype(np.float32))
 
     @property
     def largest_step(self) -> np.ndarray | None:

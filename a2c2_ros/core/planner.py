@@ -38,7 +38,7 @@ class PlannerSchedule:
     until the chunk is published, so what was observed before still holds then, and slot 0 starts at that time: the
     published chunk says so by its ``t_obs``, and has e slots only.
 
-    What was observed before a person's takeover ends is not executed: see :meth:`replan`.
+    What was observed before a person's takeover or a stop ends is not executed: see :meth:`replan`.
     """
 
     def __init__(self, config: PlannerConfig) -> None:
@@ -56,12 +56,12 @@ class PlannerSchedule:
         self._config = config
 
     def replan(self, until_ns: int) -> None:
-        """A person commands: no chunk of an observation before ``until_ns`` is executed.
+        """A person commands, or has enabled the robot: no chunk of an observation before ``until_ns`` is executed.
 
         What is in flight ends as usual. From then on an inference starts as soon as none is in flight.
 
         Args:
-            until_ns: When the command ceases to count [ns].
+            until_ns: When the command ceases to count, or the robot began to wait for a chunk [ns].
         """
         self._void_until_ns = max(self._void_until_ns, until_ns)
 

@@ -185,6 +185,8 @@ def _follow_people(loop: CorrectionLoop, recorded: RecordedStep) -> None:
         loop.emergency_stop(True, recorded.t_tick_ns)
     elif recorded.reason == Reason.DISABLED:
         loop.disable()
+    elif recorded.reason == Reason.NOT_FOLLOWING:
+        loop.latch.not_following(recorded.detail)
     elif recorded.state == State.FAULT:
         loop.fault(recorded.detail)
 

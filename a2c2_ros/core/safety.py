@@ -25,7 +25,7 @@ class Reason(IntEnum):
     """Why the control loop is in its state."""
 
     NONE = 0
-    NO_CHUNK = 1  # no chunk has arrived since the start or the last reset
+    NO_CHUNK = 1  # no chunk has arrived that was observed since the start, the last reset or the last stop
     CHUNK_EXPIRED = 2  # every chunk is used up, or its observation is older than max_chunk_age_s
     OBSERVATION_MISSING = 3  # a stream has never delivered
     OBSERVATION_STALE = 4  # a stream's newest sample is older than its limit
@@ -46,6 +46,7 @@ class Reason(IntEnum):
     REARMING = 19  # data is back: it must stay, and the command starts from the measured state
     OUTSIDE_LIMITS = 20  # the measured position is outside the limits by more than a step: a person must move it
     TAKEOVER_ENDED = 21  # a person has let go: no chunk has come that was observed since
+    NOT_FOLLOWING = 22  # the arm is measured far from its command: blocked, stopped by itself, slower than its limits
 
 
 MOVING = frozenset({State.RUNNING, State.BASE_ONLY, State.TAKEOVER})
@@ -62,7 +63,7 @@ class Verdict:
 
 
 class Latch:
-    """What a person or a defect has switched off; nothing but :meth:`enable` switches it on again.
+    """What a person, an arm or a defect has switched off; nothing but :meth:`enable` switches it on again.
 
     Args:
         enabled: State at the start.
@@ -103,6 +104,11 @@ class Latch:
         self._signal_ns = now_ns
         if pressed:
             self._verdict = Verdict(State.STOPPED, Reason.EMERGENCY_STOP)
+
+    def not_following(self, detail: str) -> None:
+        """The arm is elsewhere than commanded, and a person has to see why; another stop stays what it is."""
+        if self._verdict is None:
+            self._verdict = Verdict(State.STOPPED, Reason.NOT_FOLLOWING, detail)
 
     def fault(self, reason: Reason, detail: str) -> None:
         """A defect; an emergency stop stays what it is."""
@@ -160,14 +166,19 @@ class HoldPolicy:
         target[keep] = previous[keep]
         return target
 
-    def seed(self, measured: np.ndarray | None) -> np.ndarray | None:
-        """What stands for the last command when none was sent: the first command may differ from it by one step.
+    def seed(self, measured: np.ndarray | None, last: np.ndarray | None = None) -> np.ndarray | None:
+        """What stands for the last command when none holds: the first command may differ from it by one step.
+
+        Args:
+            measured: As of :meth:`target`.
+            last: (A,) the last command before the silence, in which a gripper stays; None if there was none.
 
         Returns:
             (A,) float32; None if the kind is ``position`` and the position is not known.
         """
         rest = np.zeros(self.size, dtype=np.float32)
-        rest[list(self.keep)] = self.keep_default
+        keep = list(self.keep)
+        rest[keep] = self.keep_default if last is None else last[keep]
         if self.kind == "delta":
             return rest
         if measured is None:

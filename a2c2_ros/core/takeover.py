@@ -20,6 +20,7 @@ class Takeover:
         """Forget the command."""
         self._command = np.zeros(self._size, np.float32)
         self._stamp_ns: int | None = None
+        self._is_over = False  # the newest command does not count any more, whatever the timeout becomes
 
     def put(self, command: np.ndarray, stamp_ns: int, latest_ns: int) -> None:
         """Take a command; one that is older than the newest is dropped.
@@ -40,12 +41,19 @@ class Takeover:
                 "the clocks of the machines synchronised?"
             )
         if self._stamp_ns is None or stamp_ns > self._stamp_ns:
-            self._command, self._stamp_ns = command.astype(np.float32), stamp_ns
+            self._command, self._stamp_ns, self._is_over = command.astype(np.float32), stamp_ns, False
+
+    def end(self) -> None:
+        """What was commanded so far does not count any more."""
+        self._is_over = True
 
     def command(self, t_tick_ns: int, timeout_ns: int) -> np.ndarray | None:
-        """The command that counts at this tick, (A,) float32, or None."""
+        """The command that counts at this tick, (A,) float32, or None; one that has timed out never counts again."""
         age_ns = self.age_ns(t_tick_ns)
-        return None if age_ns is None or age_ns > timeout_ns else self._command
+        if age_ns is None:
+            return None
+        self._is_over |= age_ns > timeout_ns
+        return None if self._is_over else self._command
 
     def age_ns(self, t_tick_ns: int) -> int | None:
         """Age of the newest command [ns], None if there is none."""

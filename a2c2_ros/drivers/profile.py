@@ -1,7 +1,7 @@
 """Robot profiles: a robot is a YAML file, no code. ``config/robots/mock.yaml`` explains every entry."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,9 @@ TWIST_AXES = ("linear_x", "linear_y", "linear_z", "angular_x", "angular_y", "ang
 GRIPPER_TOLERANCE = 0.01
 """Default of ``gripper.tolerance``, as a part of the way from open to closed."""
 CONTINUOUS_RANGE_RAD = 2 * math.pi - 0.5
-"""Widest range of a continuous joint. An angle that its driver wraps lies outside then, by more than a measurement may,
-and is not believed; inside, a hold would follow it by a turn."""
+"""Widest range of a continuous joint and its largest step together. An angle that its driver wraps lies outside then by
+more than a step, even if the joint is 0.5 rad beyond its range, and is not believed; else a hold would follow it by a
+turn."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class GripperSpec:
     tolerance: float  # a smaller change is not sent, driver's unit
     joint: str = ""  # the driver's name
     timing: TrajectoryTiming | None = None  # of a trajectory
-    max_effort: float = 0.0  # of an action [N or N m]; 0: the driver's own
+    max_effort: float = 0.0  # of an action [N or N m]; 0, not with gripper_command: none is sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,7 @@ class Profile:
     gripper: GripperSpec | None = None  # None: a gripper, if any, is a channel of the command
     control_rate_hz: float | None = None  # rate that the profile is made for, None for any
     text: str = ""  # the YAML file
+    ee_pose_frame: str = ""  # in which poses have to come, "" for any
 
     @property
     def command_topic(self) -> str:
@@ -160,6 +162,7 @@ class _Builder:
         hold = self._hold()
         gripper = self._gripper(hold)
         command = self._command(hold, gripper)
+        self._check_kept(command, gripper, hold)
         position = hold.kind == "position"
         robot = Robot(
             name=entries.text("name"),
@@ -182,6 +185,7 @@ class _Builder:
             joint_states_topic=joint_states_topic,
             joint_names=self._joints,
             ee_pose_topic=self._topic("ee_pose") if "ee_pose" in streams else None,
+            ee_pose_frame=self._ee_pose_frame(command) if "ee_pose" in streams else "",
             command=command,
             gripper=gripper,
             control_rate_hz=rate_hz,
@@ -225,6 +229,10 @@ class _Builder:
         origin = np.array([*ee_pose.numbers("origin_xyz", 3, (0.0, 0.0, 0.0)), 0.0, 0.0, 0.0, 0.0])
         return lambda values: state_vector(values["ee_pose"] - origin, values["joint_position"][gripper], reference)
 
+    def _ee_pose_frame(self, command: CommandSpec) -> str:
+        """A twist's axes are those of the state: what is measured in another frame corrects in the wrong direction."""
+        return self._entries.section("ee_pose").text("frame_id", command.frame_id)
+
     def _nominal_orientation(self) -> tuple[float, ...]:
         ee_pose = self._entries.section("ee_pose")
         reference = ee_pose.numbers("nominal_orientation_xyzw", 4)
@@ -241,6 +249,26 @@ class _Builder:
             keep=tuple(self._actions.index(name) for name in kept),
             keep_default=hold.numbers("keep_default", len(kept), *([] if kept else [()])),
         )
+
+    def _check_kept(self, command: CommandSpec, gripper: GripperSpec | None, hold: HoldPolicy) -> None:
+        """Only grippers are kept: a kept axis of the arm would go on through every stop.
+
+        Which channels of a command are a gripper's is not always said; a twist has none, and a joint that is measured
+        is the arm's.
+        """
+        wrong = self._entries.section("hold").wrong
+        if command.kind == "twist_stamped":
+            grippers = [] if gripper is None else [self._actions[gripper.mapping.channel]]
+            if not {self._actions[i] for i in hold.keep} <= set(grippers):
+                raise wrong("keep", f"{grippers}, the gripper's channel, with command.kind 'twist_stamped'")
+        elif hold.kind == "position":
+            measured = self._measured_joints(gripper, hold)
+            for i in hold.keep:
+                if measured[i] is not None:
+                    raise wrong(
+                        "keep",
+                        f"channels of grippers, with null in action.measured; {self._actions[i]!r} has {measured[i]!r}",
+                    )
 
     # --- commands -----------------------------------------------------------------------------------------------
 
@@ -297,8 +325,15 @@ class _Builder:
             tolerance=gripper.positive("tolerance", GRIPPER_TOLERANCE * way),
             joint=gripper.text("joint") if kind in ("joint_trajectory", "parallel_gripper_command") else "",
             timing=self._timing(gripper, None) if trajectory else None,
-            max_effort=gripper.positive("max_effort", 0.0) if kind in GRIPPER_ACTION_KINDS else 0.0,
+            max_effort=self._max_effort(gripper, kind),
         )
+
+    def _max_effort(self, gripper: Entries, kind: str) -> float:
+        if kind not in GRIPPER_ACTION_KINDS:
+            return 0.0
+        if kind == "gripper_command" and "max_effort" not in gripper:  # a goal of it says 0 if nothing is said
+            raise gripper.wrong("max_effort", "a number above 0 [N or N m] with gripper.kind 'gripper_command'")
+        return gripper.positive("max_effort", 0.0)
 
     def _period(self) -> int:
         if self._period_ns is None:
@@ -325,13 +360,16 @@ class _Builder:
                     raise limits.missing(f"{label}.{name}")
             if lower[i] > upper[i]:
                 raise limits.wrong("lower", f"at most upper; {name!r} has {lower[i]:g} and {upper[i]:g}")
-            joint, widest = continuous.get(name, ("", math.inf))
-            if upper[i] - lower[i] > widest:
-                raise limits.wrong(
-                    "upper",
-                    f"at most lower + {widest:.3f} for {name!r}, which has {lower[i]:g} to {upper[i]:g}: joint "
-                    f"{joint!r} is continuous, and an angle that its driver wraps has to lie outside",
-                )
+            if name in continuous:
+                joint, widest = continuous[name]
+                largest = self._largest_step(step[i], velocity[i])
+                if upper[i] - lower[i] + largest > widest:
+                    raise limits.wrong(
+                        "upper",
+                        f"at most lower + {widest - largest:.3f} for {name!r}, which has {lower[i]:g} to {upper[i]:g} "
+                        f"and steps of {largest:g}: joint {joint!r} is continuous, and an angle that its driver wraps "
+                        "has to lie outside by more than a step",
+                    )
             if i in hold.keep:
                 continue
             if hold.kind == "delta" and not lower[i] <= 0.0 <= upper[i]:
@@ -340,7 +378,28 @@ class _Builder:
                 raise limits.missing(f"velocity.{name}")  # a position may not jump
         # Without any entry the limit itself is absent, which spares the loop its arithmetic.
         optional = [values if any(value is not None for value in values) else None for values in (step, velocity)]
-        return Limits.of(self._actions, lower, upper, *optional)
+        following = self._following(gripper, hold) if hold.kind == "position" else None
+        return Limits.of(self._actions, lower, upper, *optional, following)
+
+    def _largest_step(self, step: float | None, velocity: float | None) -> float:
+        """Largest change of a channel per control step, 0 without a limit: that is refused elsewhere."""
+        steps = [] if step is None else [step]
+        if velocity is not None:
+            steps.append(velocity * self._period() / 1e9)
+        return min(steps, default=0.0)
+
+    def _following(self, gripper: GripperSpec | None, hold: HoldPolicy) -> dict[str, float | None]:
+        """What is typed in of ``limits.following``."""
+        limits, measured = self._entries.section("limits"), self._measured_joints(gripper, hold)
+        typed = limits.table("following", self._actions, null=True)
+        for name, value in typed.items():
+            if value is None:
+                continue
+            if value <= 0.0:
+                raise limits.wrong("following", f"above 0, or null for none; {name!r} has {value:g}")
+            if measured[self._actions.index(name)] is None:
+                raise limits.wrong("following", f"null for {name!r}, which is not measured")
+        return typed
 
     def _limit(self, label: str, known: Mapping[str, float | None]) -> list[float | None]:
         """One limit of every channel: as typed in, else what is known, else None."""
@@ -394,21 +453,8 @@ class _Builder:
     def _measured(
         self, command: CommandSpec, gripper: GripperSpec | None, hold: HoldPolicy
     ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-        """Action channel to the joint that measures it; null for a channel (a gripper) without one.
-
-        ``joint_states`` has the driver's units.
-        """
-        action = self._entries.section("action")
-        names = action.list("measured")
-        if len(names) != len(self._actions):
-            raise action.wrong("measured", f"a joint for each of {list(self._actions)}")
-        for i, name in enumerate(names):
-            at_gripper = gripper is not None and i == gripper.mapping.channel
-            if name is None and i not in hold.keep:
-                raise action.wrong(f"measured[{i}]", "a joint; null is for channels in hold.keep", name)
-            if name is not None and (at_gripper or name not in self._joints or name in names[:i]):
-                allowed = "null: it is the gripper's" if at_gripper else f"one of {list(self._joints)}, once"
-                raise action.wrong(f"measured[{i}]", allowed, name)
+        """Stream values to the measured position in action units; ``joint_states`` has the driver's units."""
+        names = self._measured_joints(gripper, hold)
         order = [names[channel] for channel in command.mapping.channels]
         rows = [i for i, name in enumerate(order) if name is not None]
         sources = [self._joints.index(order[i]) for i in rows]
@@ -420,6 +466,21 @@ class _Builder:
             return command.mapping.to_action(position, np.full(size, np.nan))
 
         return measured_of
+
+    def _measured_joints(self, gripper: GripperSpec | None, hold: HoldPolicy) -> Sequence[str | None]:
+        """The joint that measures each action channel; None for one (a gripper's) that none measures."""
+        action = self._entries.section("action")
+        names = action.list("measured")
+        if len(names) != len(self._actions):
+            raise action.wrong("measured", f"a joint for each of {list(self._actions)}")
+        for i, name in enumerate(names):
+            at_gripper = gripper is not None and i == gripper.mapping.channel
+            if name is None and i not in hold.keep:
+                raise action.wrong(f"measured[{i}]", "a joint; null is for channels in hold.keep", name)
+            if name is not None and (at_gripper or name not in self._joints or name in names[:i]):
+                allowed = "null: it is the gripper's" if at_gripper else f"one of {list(self._joints)}, once"
+                raise action.wrong(f"measured[{i}]", allowed, name)
+        return names
 
 
 def _joint_position(values: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from a2c2_ros import provenance
+from a2c2_ros.commands import command
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.schedule import admissible_execution_horizons
 from a2c2_ros.evaluation import kinetix_report
@@ -58,14 +59,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
     try:
         return run(args)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130

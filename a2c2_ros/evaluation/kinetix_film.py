@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from a2c2_ros.core.errors import A2C2Error
+from a2c2_ros.commands import command
 from a2c2_ros.evaluation.batched import run_method
 from a2c2_ros.evaluation.kinetix import EVALUATION_SEED, KINETIX_METHODS
 from a2c2_ros.evaluation.methods import METHODS
@@ -50,14 +50,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        film(args)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    film(args)
     return 0
 
 

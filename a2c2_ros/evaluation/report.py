@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from a2c2_ros.commands import command
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.evaluation import paper
 from a2c2_ros.evaluation.cells import EXPERT, SPLITS, STATIC, Cell, outcomes, settings, settings_without_weights
@@ -582,6 +583,7 @@ def write(grid: Grid, split: str = "test") -> None:
     print(f"\n-> {grid.page}")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -593,11 +595,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="its section quick")
     parser.add_argument("--split", choices=SPLITS, default="test", help="whose results")
     args = parser.parse_args(argv)
-    try:
-        write(load_grid(args.grid or default_grid(), quick=args.quick).of_split(args.split), args.split)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    write(load_grid(args.grid or default_grid(), quick=args.quick).of_split(args.split), args.split)
     return 0
 
 

@@ -15,6 +15,8 @@ RATES_HZ = (20.0, 50.0, 100.0, 250.0)
 EVENTS_PER_EPISODE = 50
 WARM_UP_S = 0.8
 MEAN_GAP_S = 0.5  # between the beginnings of two clusters of events
+STOPPED_BY_ITSELF_S = 0.4  # at least: at full speed the command is farther away then than an arm lags
+OUTSIDE_S = 0.6  # enabled while the arm is outside its limits: a chunk comes within
 SETTLE_S = 6.0  # after the last event the robot must move again within
 
 End = Callable[[], None]
@@ -436,8 +438,9 @@ def _moved_outside(rig: Rig, rng: np.random.Generator) -> End:
     rig.arm.hand = rng.uniform(-2.2, 2.2, rig.kind.joints)
 
     def end() -> None:
-        # Enabled as it is, it must not move; then a person brings it back.
+        # Enabled as it is, it must not move when there is a chunk; then a person brings it back.
         _enable(rig)
+        rig.run(OUTSIDE_S)
         rig.arm.hand = rng.uniform(-1.0, 1.0, rig.kind.joints)
 
     return end
@@ -470,7 +473,15 @@ def _blocked(rig: Rig, rng: np.random.Generator) -> End:
 
     def end() -> None:
         rig.arm.blocked -= 1
+        _enable(rig)  # it may have been stopped because it did not follow
 
+    return end
+
+
+@_fault("arm stopped by itself")
+def _stopped_by_itself(rig: Rig, rng: np.random.Generator) -> End:
+    end = _blocked(rig, rng)
+    rig.run(STOPPED_BY_ITSELF_S)
     return end
 
 

@@ -198,6 +198,30 @@ def _outside_while_deactivated(bench: CoreBench) -> None:
         rig.arm.position = inside
 
 
+@scenario(
+    "core",
+    "arm does not follow",
+    "the arm stands still while it is commanded to move",
+    "STOPPED NOT_FOLLOWING within 2 s, with the arm where it is, until a person enables",
+)
+def _does_not_follow(bench: CoreBench) -> None:
+    for rig in bench.rigs(rates_hz=(50.0,)):
+        if rig.kind.hold == "delta":
+            continue
+        rig.arm.blocked = 1
+        position = rig.arm.position.copy()
+        stopped = rig.run_until(lambda rig=rig: rig.last_step.state == State.STOPPED, 2.0)
+        must(stopped, f"STOPPED within 2 s, not {rig.last_step.state.name}")
+        _is(rig, State.STOPPED, Reason.NOT_FOLLOWING)
+        rig.arm.blocked = 0
+        rig.run(1.0)
+        _is(rig, State.STOPPED, Reason.NOT_FOLLOWING)
+        must(rig.silent, "nothing is commanded any more")
+        moved = np.abs(rig.arm.position - position).max()
+        must(moved < 0.05, f"the arm moved by {moved:.2f} after it was stopped")
+        rig.enable()
+
+
 @scenario("core", "every stream fault in turn", "each for 0.6 s, without a pause", "HOLDING or moving, it goes on")
 def _streams_in_turn(bench: CoreBench) -> str:
     names = [name for name in FAULTS if name.split()[0] in ("camera", "joints")]

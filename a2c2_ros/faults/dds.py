@@ -243,6 +243,10 @@ class RobotFile:
                 keep=tuple(names.index(name) for name in hold.get("keep", [])),
                 keep_default=tuple(hold.get("keep_default", [])),
                 measured_stream="joint_position" if hold["kind"] == "position" else "",
+                following=np.maximum(
+                    0.5 * np.minimum(numbers("step") * rate_hz, numbers("velocity")),
+                    0.02 * np.subtract(limits["upper"], limits["lower"]),
+                ),
                 recovery_ns=RECOVERY_NS,
                 stamp_slack_ns=MAX_STAMP_ERROR_NS,
                 grace_ns=GRACE_NS + round(1e9 / rate_hz),

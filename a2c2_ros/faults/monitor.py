@@ -29,6 +29,7 @@ INVARIANTS = {
     "latched": "after an emergency stop, a disable or a defect nothing moves until a person enables",
     "takeover": "a person's fresh command is followed within the limits; afterwards no chunk that was observed before "
     "is executed",
+    "following": "an arm that is measured too far from its command is stopped, and only such an arm",
     "planners took turns": "a second planner does not move the robot while the first has a chunk",
     "no recovery": "with good data the robot moves again within the bound",
     "record": "every command that was sent is in the record of its tick, and every command of the record was sent",
@@ -42,6 +43,7 @@ HARMLESS = frozenset({"counters", "no recovery", "parameters", "record", "ticks"
 
 RELATIVE = 1e-6  # of the step limit: float32
 POSITION = 1e-5  # [action units] two positions are the same
+POLICY_MOVES = MOVING - {State.TAKEOVER}
 BORDER_NS = 5_000_000  # data so near to its largest age need not move the robot: the command leaves a little later
 BACKLOG_NS = 1_000_000_000
 KEPT = 4096  # samples and chunks that are remembered
@@ -62,6 +64,8 @@ class Rules:
     keep: tuple[int, ...] = ()  # channels that keep their last command in a hold
     keep_default: tuple[float, ...] = ()  # their values before the first command
     measured_stream: str = ""  # the stream that tells the position; empty for pose deltas
+    following: np.ndarray | None = None  # (A,) float64, largest distance of a moving arm from its command; None: any
+    lag_s: float = 0.3  # an arm that is farther behind than the way at its limits in this time holds where it is
     max_chunk_age_ns: int = 5_000_000_000
     future_tolerance_ns: int = 50_000_000
     action_margin: float = 1.0
@@ -77,6 +81,12 @@ class Rules:
     def largest(self) -> np.ndarray:
         """(A,) float64 largest change per control step by both limits."""
         return np.minimum(self.step, self.velocity * (self.period_ns / 1e9))
+
+    @property
+    def lag(self) -> np.ndarray:
+        """(A,) float64 largest distance of an arm that follows from its command."""
+        largest = self.largest
+        return np.where(largest > 0, largest * max(1.0, self.lag_s * 1e9 / self.period_ns), np.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +237,7 @@ class Judge:
         newest = self._person is None or stamp_ns > self._person[0]
         if sound and newest and 0 < stamp_ns <= now_ns + self.rules.future_tolerance_ns:
             self._person = stamp_ns, np.clip(command, self.rules.lower, self.rules.upper)
+            self._person_ended = False
 
     def enabling(self) -> None:
         """A person asks to enable the loop: from now on it may be enabled, the answer comes later."""
@@ -263,6 +274,7 @@ class Judge:
         self.pressed = False
         self._signal_ns: int | None = None
         self._forget_data()
+        self._kept: np.ndarray | None = None  # last command
         self._silence()
 
     def _silence(self) -> None:
@@ -288,8 +300,12 @@ class Judge:
             if seen.t_ns < self._last_t_ns:
                 clock = "the clock went back"
                 self._forget_data()
+        self._watch_ages(seen.t_ns)
         self._last_t_ns = seen.t_ns
         self._watch_signal(seen.t_ns)
+        self._watch_following(seen)
+        if self._latched_ns is not None and seen.state in LATCHED:
+            self._known_from_ns, self._person_ended = seen.t_ns, True
         if self._latched_ns is None and self._drives(seen.t_ns):
             self._commanded_ns = seen.t_ns
         problem = self._problem(seen.t_ns, clock)
@@ -306,7 +322,7 @@ class Judge:
         self._check_hold(seen, moving, problem)
         self._measure(seen, moving, problem if moving else self._problem(seen.t_ns, clock, BORDER_NS))
         if seen.command is not None:
-            self._last = np.asarray(seen.command, np.float64)
+            self._last = self._kept = np.asarray(seen.command, np.float64)
         else:
             self._last = self._leg = None
         self._was_moving = moving
@@ -318,7 +334,7 @@ class Judge:
         self._check_command(seen, moving=False)
         self._check_hold(seen, moving=False, problem="shut down")
         if seen.command is not None:
-            self._last = np.asarray(seen.command, np.float64)
+            self._last = self._kept = np.asarray(seen.command, np.float64)
 
     def left(self) -> None:
         """The shutdown is over: the hold must have been reached if the robot was under a command."""
@@ -347,6 +363,9 @@ class Judge:
 
     def _forget_data(self) -> None:
         self._person: tuple[int, np.ndarray] | None = None  # stamp and command
+        self._person_ended = False  # it does not count any more
+        self._known_from_ns: int | None = None  # chunks of older observations do not count; None: than the next tick
+        self._age_limit_ns = self.rules.max_chunk_age_ns  # at the last tick
         self._driven_ns = 0  # last tick of a takeover
         self._commanded_ns = 0  # last tick at which a person commanded, perhaps in vain
         self._unfit_ns: int | None = None  # last tick at which an observation or the clock was bad
@@ -370,6 +389,32 @@ class Judge:
         if self._signal_ns is None or t_ns < self._signal_ns:
             self._signal_ns = t_ns
         if t_ns - self._signal_ns > timeout_ns:
+            self._latch()
+
+    def _watch_ages(self, t_ns: int) -> None:
+        """What was too old at the last tick stays so, whatever the parameters become."""
+        limit_ns = self.rules.max_chunk_age_ns
+        if self._known_from_ns is None:
+            self._known_from_ns = t_ns
+        elif limit_ns > self._age_limit_ns and self._last_t_ns is not None:
+            self._known_from_ns = max(self._known_from_ns, self._last_t_ns - self._age_limit_ns)
+        self._age_limit_ns = limit_ns
+        if self._person is not None:
+            self._person_ended |= t_ns - self._person[0] > self.rules.takeover_timeout_ns
+
+    def _watch_following(self, seen: Seen) -> None:
+        """An arm that does not follow latches."""
+        following, claims = self.rules.following, seen.reason == Reason.NOT_FOLLOWING and self._latched_ns is None
+        measured = self._claimed_measured(seen)
+        away = np.full(len(self.rules.names), -np.inf)  # farther than allowed
+        if self._last is not None and measured is not None and self._was_moving and following is not None:
+            known = ~np.isnan(measured) & ~self._outside(measured)
+            away[known] = np.abs(measured - self._last)[known] - following[known]
+        if claims and not (away > -POSITION).any():
+            self._violation("following", f"stopped {-away.max():g} before the arm was too far from its command")
+        if seen.state in POLICY_MOVES and (away > POSITION).any():
+            self._violation("following", f"moved on {away.max():g} too far from where the arm is measured")
+        if claims:
             self._latch()
 
     def _watch_observations(self, seen: Seen, clock: str) -> None:
@@ -413,7 +458,7 @@ class Judge:
         stale = self._stale_one(t_ns, needed, border_ns)
         if stale:
             return f"{stale} is stale"
-        known = [chunk for chunk in self._usable if chunk.t_obs_ns >= self._commanded_ns]
+        known = [chunk for chunk in self._usable if chunk.t_obs_ns >= max(self._commanded_ns, self._known_from_ns)]
         if not driven and not any(self._slot_error(chunk, t_ns) == "" for chunk in known):
             return "no chunk"
         if self.head_fails and not driven:
@@ -425,7 +470,9 @@ class Judge:
 
     def _drives(self, t_ns: int) -> bool:
         """A person commands at this tick."""
-        return self._person is not None and t_ns - self._person[0] <= self.rules.takeover_timeout_ns
+        if self._person is None or self._person_ended:
+            return False
+        return -BACKLOG_NS <= t_ns - self._person[0] <= self.rules.takeover_timeout_ns
 
     def _newest(self, stream: str, t_ns: int) -> int | None:
         """Stamp of the newest good sample that may count at the tick."""
@@ -442,6 +489,8 @@ class Judge:
             return f"chunk {chunk.chunk_id} is {age_ns / 1e9:.3f} s old"
         if chunk.t_obs_ns < self._driven_ns:
             return f"chunk {chunk.chunk_id} was observed before a takeover ended"
+        if chunk.t_obs_ns < self._known_from_ns:
+            return f"chunk {chunk.chunk_id} was observed before a start or stop, or was too old before"
         return ""
 
     def _claimed_measured(self, seen: Seen) -> np.ndarray | None:
@@ -560,8 +609,8 @@ class Judge:
         if self._last is not None:
             return self._last
         rules = self.rules
-        rest = np.zeros(len(rules.names))
-        rest[list(rules.keep)] = rules.keep_default
+        rest, keep = np.zeros(len(rules.names)), list(rules.keep)
+        rest[keep] = rules.keep_default if self._kept is None else self._kept[keep]
         if rules.kind == "delta":
             return rest
         measured = self._claimed_measured(seen)
@@ -586,11 +635,23 @@ class Judge:
         if reference is None:
             self._violation(invariant, "commanded without knowing where the robot is, or outside its limits")
             return
+        if not moving and self._leg is None:
+            reference = self._hold_start(reference, self._claimed_measured(seen))
         step, largest = np.abs(command - reference), rules.largest
         wrong = step > largest * (1 + RELATIVE) + 1e-9
         if wrong.any():
             i = int(np.argmax(wrong))
             self._violation(invariant, f"{rules.names[i]} by {step[i]:g}, allowed is {largest[i]:g}")
+
+    def _hold_start(self, reference: np.ndarray, measured: np.ndarray | None) -> np.ndarray:
+        """From where a hold begins: the last command, but the measurement where the arm is farther behind than it lags.
+
+        This is the one command that may differ from the last by more than a step.
+        """
+        if measured is None or self.rules.kind != "position":
+            return reference
+        behind = ~np.isnan(measured) & ~self._outside(measured) & (np.abs(measured - reference) > self.rules.lag)
+        return np.where(behind, self._hold_target(reference, measured), reference)
 
     def _hold_target(self, reference: np.ndarray, measured: np.ndarray | None) -> np.ndarray:
         rules = self.rules
@@ -625,6 +686,7 @@ class Judge:
         if reference is None or command.shape != reference.shape:
             return  # told already
         if self._leg is None:
+            reference = self._hold_start(reference, measured)
             self._leg = self._leg_to(self._hold_target(reference, measured), reference)
         if seen.reason == Reason.REARMING and not problem and measured is not None:
             self._follow(command, reference, self._hold_target(reference, measured))

@@ -47,6 +47,7 @@ class Kind:
     keep_default: float  # of the last channel, the gripper
     step: tuple[float | None, ...] | None = None
     velocity: tuple[float | None, ...] | None = None
+    following: tuple[float | None, ...] | None = None  # largest distance of a moving arm from its command
 
     @property
     def joints(self) -> int:
@@ -57,7 +58,7 @@ class Kind:
 _DELTA = Kind("delta", ("x", "y", "yaw", "gripper"), (-1.0,) * 4, (1.0,) * 4, -1.0)
 KINDS = {
     "pose delta": _DELTA,
-    "pose delta, ramped": replace(_DELTA, step=(0.3, 0.3, 0.4, None)),
+    "pose delta, ramped": replace(_DELTA, step=(0.3, 0.3, 0.4, 0.5)),
     "joint position": Kind(
         "position",
         ("j1", "j2", "j3", "gripper"),
@@ -66,6 +67,7 @@ KINDS = {
         0.04,
         step=(None, None, 0.05, None),
         velocity=(2.0, 2.0, 3.0, None),
+        following=(0.65, 0.65, 0.5, None),
     ),
 }
 
@@ -87,7 +89,14 @@ def make_robot(kind: Kind, simulated: bool) -> Robot:
         state_of=lambda values: values["joints"].astype(np.float32),
         measured_of=lambda values: np.append(values["joints"], np.nan) if is_position else None,
         measured_streams=("joints",) if is_position else (),
-        limits=Limits.of(kind.names, kind.lower, kind.upper, kind.step, kind.velocity),
+        limits=Limits.of(
+            kind.names,
+            kind.lower,
+            kind.upper,
+            kind.step,
+            kind.velocity,
+            dict(zip(kind.names, kind.following or ())),
+        ),
         hold=HoldPolicy(kind.hold, len(kind.names), keep=(gripper,), keep_default=(kind.keep_default,)),
         simulated=simulated,
     )
@@ -106,6 +115,7 @@ def make_rules(kind: Kind, config: ControllerConfig) -> Rules:
         upper=np.array(kind.upper),
         step=numbers(kind.step),
         velocity=numbers(kind.velocity),
+        following=numbers(kind.following),
         period_ns=round(1e9 / config.control_rate_hz),
         max_ages_ns={"camera": MAX_AGE_NS, "joints": MAX_AGE_NS},
         keep=(len(kind.names) - 1,),
@@ -274,6 +284,7 @@ class Rig:
         self._add_totals()
         self._start_loop()
         self.judge.restarted(may_move=self._robot.simulated)
+        self._chunk_due_ns = self.steady_ns
 
     def leave(self) -> None:
         """Deactivate the loop and activate it again."""
@@ -290,6 +301,7 @@ class Rig:
         self.judge.left()
         self._buffer.clear()
         self._grid = TickGrid(self.period_ns)
+        self._chunk_due_ns = self.steady_ns  # the planner is asked for what was observed since
 
     def enable(self) -> bool:
         """A person enables the loop; False if it refuses."""
@@ -299,6 +311,7 @@ class Rig:
             self.judge.enable(accepted=False)
             return False
         self.judge.enable()
+        self._chunk_due_ns = self.steady_ns
         return True
 
     def disable(self) -> None:
@@ -389,6 +402,7 @@ class Rig:
         self._buffer = ObservationBuffer(self._robot.streams)
         self._grid = TickGrid(self.period_ns)
         self.loop = CorrectionLoop(self.config, self._robot, self.head, monotonic_ns=lambda: self.head_clock_ns)
+        self.loop.forget()
 
     def _configure(self) -> None:
         self.loop.configure(self.config, self.head)

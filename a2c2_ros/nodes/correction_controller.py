@@ -131,8 +131,12 @@ class CorrectionController(ManagedNode):
         self._head = self._load_head(config)
         self._loop = CorrectionLoop(config, self._profile.robot, self._head, latch=self._latch)
         self._latch = self._loop.latch
+        robot = self._profile.robot
+        nothing = np.full(len(robot.action_names), np.inf)
         self._rehearsal = CorrectionLoop(
-            dataclasses.replace(config, correction__enabled=False, start_state="enabled"), self._profile.robot
+            dataclasses.replace(config, correction__enabled=False, start_state="enabled"),
+            # No arm follows what is not sent.
+            dataclasses.replace(robot, limits=dataclasses.replace(robot.limits, following=nothing)),
         )
         self._stream_names = tuple(self._profile.robot.streams)
         # The file may have been edited since the last configuration: loop and sink are of one and the same profile.
@@ -173,6 +177,7 @@ class CorrectionController(ManagedNode):
         self._grid, self._last_run_ns = TickGrid(config.period_ns), None
         self._due, self._postponed_ticks = None, 0
         self._status, self._newest_chunk_ns = None, 0
+        self._loop.forget()  # the last chunks come again, whatever happened since they were computed
         prepare = None if config.lockstep else self._prepare
         self._source = ObservationSource(
             self,

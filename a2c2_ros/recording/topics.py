@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from a2c2_ros.core.errors import A2C2Error
+from a2c2_ros.commands import command
 from a2c2_ros.drivers.profile import GRIPPER_ACTION_KINDS, Profile, load_profile
 
 LATCHED = ("instruction", "action_chunk", "control_configuration", "episode")
@@ -52,6 +52,7 @@ def qos_overrides(namespace: str = "/") -> dict[str, dict[str, str | int]]:
     }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m a2c2_ros.recording.topics", description=__doc__.splitlines()[0])
@@ -59,11 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--namespace", default="/", help="of the nodes (/)")
     parser.add_argument("--qos", action="store_true", help="print the QoS overrides (YAML) instead of the names")
     args = parser.parse_args(argv)
-    try:
-        names = [absolute(name, args.namespace) for name in recorded_topics(load_profile(args.robot))]
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    names = [absolute(name, args.namespace) for name in recorded_topics(load_profile(args.robot))]
     print(yaml.safe_dump(qos_overrides(args.namespace), sort_keys=False).strip() if args.qos else "\n".join(names))
     return 0
 

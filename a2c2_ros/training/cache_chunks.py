@@ -9,6 +9,7 @@ view alone would see too small errors.
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from a2c2_ros import provenance
+from a2c2_ros.commands import command
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.policies.base import ChunkPolicy
@@ -116,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     arguments = parser().parse_args(argv)
@@ -365,4 +368,4 @@ def _policy_inference(policy: ChunkPolicy, instructions: Sequence[str]) -> Infer
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

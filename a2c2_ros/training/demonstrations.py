@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from a2c2_ros.benchmark.processes import interrupt_on_termination
+from a2c2_ros.commands import command
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.robot import Robot
 from a2c2_ros.core.state import state_vector
@@ -263,29 +264,26 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    try:
-        if args.block:
-            run_block(args.out, *args.block, args.seed)
-            return 0
-        interrupt_on_termination()
-        tasks = conventions.parse_tasks(args.tasks)
-        if args.episodes_per_task < 1:
-            raise ConfigError(f"--episodes-per-task is {args.episodes_per_task}, allowed is 1 or more")
-        if args.out.exists():
-            raise ConfigError(f"{args.out} exists already; choose another --out or remove it")
-        wanted = [part_path(args.out, task, episode) for episode in range(args.episodes_per_task) for task in tasks]
-        wanted[0].parent.mkdir(parents=True, exist_ok=True)
-        check_settings(wanted[0].parent / "settings.json", {"seed": args.seed})
-        if not args.assemble_only:
-            record(args, argv, tasks, wanted)
-        assemble(args.out, [path for path in wanted if path.exists()])
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.block:
+        run_block(args.out, *args.block, args.seed)
+        return 0
+    interrupt_on_termination()
+    tasks = conventions.parse_tasks(args.tasks)
+    if args.episodes_per_task < 1:
+        raise ConfigError(f"--episodes-per-task is {args.episodes_per_task}, allowed is 1 or more")
+    if args.out.exists():
+        raise ConfigError(f"{args.out} exists already; choose another --out or remove it")
+    wanted = [part_path(args.out, task, episode) for episode in range(args.episodes_per_task) for task in tasks]
+    wanted[0].parent.mkdir(parents=True, exist_ok=True)
+    check_settings(wanted[0].parent / "settings.json", {"seed": args.seed})
+    if not args.assemble_only:
+        record(args, argv, tasks, wanted)
+    assemble(args.out, [path for path in wanted if path.exists()])
     return 0
 
 

@@ -40,9 +40,10 @@ from sensor_msgs.msg import JointState
 from tqdm import tqdm
 
 from a2c2_ros import provenance
+from a2c2_ros.commands import command
 from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.config import ControllerConfig
-from a2c2_ros.core.errors import A2C2Error, ChunkError, ConfigError, ObservationError
+from a2c2_ros.core.errors import ChunkError, ConfigError, ObservationError
 from a2c2_ros.core.head import CorrectionHead
 from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.replay import RecordedStep, Samples, observed, replay
@@ -778,14 +779,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        build(args.bags, args.out, args.label, args.parity, args.robot)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    build(args.bags, args.out, args.label, args.parity, args.robot)
     return 0
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from a2c2_ros import provenance
 from a2c2_ros.benchmark.processes import interrupt_on_termination
+from a2c2_ros.commands import command
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import ControlStep, CorrectionLoop
 from a2c2_ros.core.errors import A2C2Error, ConfigError
@@ -210,35 +211,32 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    try:
-        if args.block:
-            run_block(args, *args.block)
-            return 0
-        interrupt_on_termination()
-        tasks = conventions.parse_tasks(args.tasks)
-        if args.episodes_per_task < 1:
-            raise ConfigError(f"--episodes-per-task is {args.episodes_per_task}, allowed is 1 or more")
-        if not 1 <= args.max_steps <= conventions.MAX_STEPS:
-            raise ConfigError(f"--max-steps is {args.max_steps}, allowed is 1 to {conventions.MAX_STEPS}")
-        settings = settings_of(args)
-        if args.out.exists():
-            raise ConfigError(f"{args.out} exists already; choose another --out or remove it")
-        wanted = [part_path(args.out, task, episode) for episode in range(args.episodes_per_task) for task in tasks]
-        wanted[0].parent.mkdir(parents=True, exist_ok=True)
-        check_settings(wanted[0].parent / "settings.json", settings)
-        record(args, argv, tasks, wanted)
-        staging = args.out.with_name(args.out.name + ".staging")
-        assemble(staging, wanted)
-        save_executed(staging, wanted, settings["policy_id"])
-        save_record(staging, wanted, settings)
-        staging.rename(args.out)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.block:
+        run_block(args, *args.block)
+        return 0
+    interrupt_on_termination()
+    tasks = conventions.parse_tasks(args.tasks)
+    if args.episodes_per_task < 1:
+        raise ConfigError(f"--episodes-per-task is {args.episodes_per_task}, allowed is 1 or more")
+    if not 1 <= args.max_steps <= conventions.MAX_STEPS:
+        raise ConfigError(f"--max-steps is {args.max_steps}, allowed is 1 to {conventions.MAX_STEPS}")
+    settings = settings_of(args)
+    if args.out.exists():
+        raise ConfigError(f"{args.out} exists already; choose another --out or remove it")
+    wanted = [part_path(args.out, task, episode) for episode in range(args.episodes_per_task) for task in tasks]
+    wanted[0].parent.mkdir(parents=True, exist_ok=True)
+    check_settings(wanted[0].parent / "settings.json", settings)
+    record(args, argv, tasks, wanted)
+    staging = args.out.with_name(args.out.name + ".staging")
+    assemble(staging, wanted)
+    save_executed(staging, wanted, settings["policy_id"])
+    save_record(staging, wanted, settings)
+    staging.rename(args.out)
     return 0
 
 

@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from a2c2_ros import provenance
+from a2c2_ros.commands import command
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import CorrectionLoop
-from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import Profile, load_profile
 from a2c2_ros.evaluation.rollout import run_episode
 from a2c2_ros.evaluation.statistics import difference, wilson_interval
@@ -254,20 +255,17 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        data = args.work / "demonstrations"
-        if not data.exists():
-            args.work.mkdir(parents=True, exist_ok=True)
-            record(data, args.robots, args.demonstrations, args.seed)
-        train_all(data, args.work, args.steps, args.seed)
-        ship(args.work, args.out)
-        result = evaluate(args.out, args.robots, args.episodes, args.seed + 1_000_000)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    data = args.work / "demonstrations"
+    if not data.exists():
+        args.work.mkdir(parents=True, exist_ok=True)
+        record(data, args.robots, args.demonstrations, args.seed)
+    train_all(data, args.work, args.steps, args.seed)
+    ship(args.work, args.out)
+    result = evaluate(args.out, args.robots, args.episodes, args.seed + 1_000_000)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for cell in result["cells"]:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from a2c2_ros import bringup, provenance
 from a2c2_ros.benchmark.processes import interrupt_on_termination
+from a2c2_ros.commands import command
 from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.safety import State
@@ -88,48 +89,45 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code of the step that failed, else 0."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     interrupt_on_termination()
-    try:
-        tasks = conventions.parse_tasks(args.tasks)
-        if args.only == "record":
-            task = args.internal_task
-            record_task(args, task) if task is not None else record(args, argv, tasks)
-            return 0
-        if args.only == "swap":
-            swap(args, tasks[0])
-            return 0
-        heads = {name: file_hash(model_path(args.head) / name) for name in ("head.onnx", "head.safetensors")}
-        parse_variant(variant_of(args))
-        if not set(kinds_of(args)) <= {POLICY, TAKEOVER} or len(kinds_of(args)) > MAX_ROUNDS:
-            raise ConfigError(
-                f"--rounds is {args.rounds!r}, allowed is a list of up to {MAX_ROUNDS} of {POLICY!r} and {TAKEOVER!r}"
-            )
-        if not 1 <= args.episodes <= MAX_EPISODES:
-            raise ConfigError(f"--episodes is {args.episodes}, allowed is 1 to {MAX_EPISODES}")
-        if not args.list:
-            args.out.mkdir(parents=True, exist_ok=True)
-            weights = heads | {"policy_id": policy_facts(args.policy)["policy_id"]}
-            data = {"old_data": hash_files(args.old) if has_data(args.old) else "none"}
-            settings = {name: getattr(args, name) for name in SETTINGS} | weights | data
-            check_settings(args.out / SETTINGS_FILE, settings)
-        if not has_data(args.old):
-            print(f"{args.old} has no data set: the head is trained on the new data alone")
-        for step in commands(args, argv):
-            done = step.product.exists()
-            command = [sys.executable, "-m", f"a2c2_ros.{step.command[0]}", *step.command[1:]]
-            print(f"{'done   ' if done else ''}{step.name}: {shlex.join(command[1:])}", flush=True)
-            if not args.list and not done and (code := run_job(command)):
-                print(f"error: {step.name} ended with {code}; the same command continues", file=sys.stderr)
-                return code
-        if not args.list:
-            report(args)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    tasks = conventions.parse_tasks(args.tasks)
+    if args.only == "record":
+        task = args.internal_task
+        record_task(args, task) if task is not None else record(args, argv, tasks)
+        return 0
+    if args.only == "swap":
+        swap(args, tasks[0])
+        return 0
+    heads = {name: file_hash(model_path(args.head) / name) for name in ("head.onnx", "head.safetensors")}
+    parse_variant(variant_of(args))
+    if not set(kinds_of(args)) <= {POLICY, TAKEOVER} or len(kinds_of(args)) > MAX_ROUNDS:
+        raise ConfigError(
+            f"--rounds is {args.rounds!r}, allowed is a list of up to {MAX_ROUNDS} of {POLICY!r} and {TAKEOVER!r}"
+        )
+    if not 1 <= args.episodes <= MAX_EPISODES:
+        raise ConfigError(f"--episodes is {args.episodes}, allowed is 1 to {MAX_EPISODES}")
+    if not args.list:
+        args.out.mkdir(parents=True, exist_ok=True)
+        weights = heads | {"policy_id": policy_facts(args.policy)["policy_id"]}
+        data = {"old_data": hash_files(args.old) if has_data(args.old) else "none"}
+        settings = {name: getattr(args, name) for name in SETTINGS} | weights | data
+        check_settings(args.out / SETTINGS_FILE, settings)
+    if not has_data(args.old):
+        print(f"{args.old} has no data set: the head is trained on the new data alone")
+    for step in commands(args, argv):
+        done = step.product.exists()
+        command = [sys.executable, "-m", f"a2c2_ros.{step.command[0]}", *step.command[1:]]
+        print(f"{'done   ' if done else ''}{step.name}: {shlex.join(command[1:])}", flush=True)
+        if not args.list and not done and (code := run_job(command)):
+            print(f"error: {step.name} ended with {code}; the same command continues", file=sys.stderr)
+            return code
+    if not args.list:
+        report(args)
     return 0
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from a2c2_ros.benchmark.processes import interrupt_on_termination
+from a2c2_ros.commands import command
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.robot import Robot
 from a2c2_ros.jobs import run_job
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     arguments = parser().parse_args(argv)
@@ -286,4 +288,4 @@ def network_options(size: str, vlm: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.commands import command
+from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.flow import CONFIG_FILE, load_network, save_network
 from a2c2_ros.training.record import write_record
@@ -28,14 +29,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        print(copy(model_path(args.policy), args.temperature, args.out))
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(copy(model_path(args.policy), args.temperature, args.out))
     return 0
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from a2c2_ros import provenance
-from a2c2_ros.core.errors import A2C2Error, ConfigError, PolicyError
+from a2c2_ros.commands import command
+from a2c2_ros.core.errors import ConfigError, PolicyError
 from a2c2_ros.core.features import time_feature
 from a2c2_ros.core.head import HeadInput
 from a2c2_ros.heads.base import ABLATIONS, ARCHITECTURES, Head, head_type, load_head, save_head, variant
@@ -146,25 +147,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     p = parser()
     asked, _ = p.parse_known_args(argv)
-    try:
-        init = load_head(asked.init) if asked.init else None
-        if init is not None:
-            p.set_defaults(architecture=init.architecture, **options_of(init))
-            asked, _ = p.parse_known_args(argv)
-        elif asked.policy is None:
-            raise ConfigError("--policy is not given, only with --init it need not be")
-        defaults = RECIPES[asked.recipe or ("paper" if asked.architecture == "transformer" else "ours")]
-        if init is not None:
-            defaults = defaults | {"learning_rate": INIT_LEARNING_RATE * defaults["learning_rate"]}
-        p.set_defaults(**defaults)
-        run(p.parse_args(argv), init)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    init = load_head(asked.init) if asked.init else None
+    if init is not None:
+        p.set_defaults(architecture=init.architecture, **options_of(init))
+        asked, _ = p.parse_known_args(argv)
+    elif asked.policy is None:
+        raise ConfigError("--policy is not given, only with --init it need not be")
+    defaults = RECIPES[asked.recipe or ("paper" if asked.architecture == "transformer" else "ours")]
+    if init is not None:
+        defaults = defaults | {"learning_rate": INIT_LEARNING_RATE * defaults["learning_rate"]}
+    p.set_defaults(**defaults)
+    run(p.parse_args(argv), init)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from a2c2_ros.commands import command
 from a2c2_ros.policies.flow import FlowConfig, FlowNetwork, save_network
 from a2c2_ros.policies.language import InstructionEncoder
 from a2c2_ros.training.dataset import Augmentation, Demonstrations, load_demonstrations, observations
@@ -53,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     arguments = parser().parse_args(argv)
@@ -303,4 +306,4 @@ def describe(data: Demonstrations, training: np.ndarray, holdout: float) -> dict
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
