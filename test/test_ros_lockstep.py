@@ -35,7 +35,7 @@ robot = load_profile("libero").robot
 config = PlannerConfig(execution_horizon={EXECUTION_HORIZON}, inference_delay={DELAY},
                        inference_delay_jitter={JITTER}, seed={SEED})
 policy = load_policy("flow", config.policy_path, PolicyOptions(threads=1))
-controller = ControllerConfig()
+controller = ControllerConfig(lockstep=True)  # no deadline of the head, as in the nodes
 loop = CorrectionLoop(controller, robot, OnnxHead(model_path(controller.correction__model_path)))
 rows = []
 with LiberoEnv({TASK}) as env:
