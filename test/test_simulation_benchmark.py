@@ -24,5 +24,5 @@ def test_ratios_are_of_mean_durations_of_all_rounds(monkeypatch, tmp_path, capsy
 def test_a_run_that_fails_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(simulation.sys, "executable", "false")
     out = tmp_path / "simulation.json"
-    assert simulation.main(["--out", str(out)]) == 1
+    assert simulation.main(["--out", str(out)]) == 2
     assert "stock ended with 1" in capsys.readouterr().err and not out.exists()
