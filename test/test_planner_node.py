@@ -9,15 +9,13 @@ import pytest
 
 pytest.importorskip("rclpy")
 
-from a2c2_ros.msg import ControlStep
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from ros_bench import ros
-from std_msgs.msg import String
+from std_msgs.msg import Header, String
 
 from a2c2_ros.core.errors import PolicyError
 from a2c2_ros.core.observation import Observation
-from a2c2_ros.core.safety import Reason
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.nodes import chunk_planner
 from a2c2_ros.nodes.chunk_planner import IDLE_REPORTS, ChunkPlanner
@@ -137,26 +135,18 @@ def test_instructions_that_follow_each_other_do_not_pile_up_inferences(bench):
     assert to_ns(chunk.header.stamp) == T0_NS + 12 * STEP_NS, "as it was when the worker became free"
 
 
-def test_when_the_robot_waits_after_a_stop_an_inference_starts_at_once(bench):
-    def step(n, reason):
-        message = ControlStep(reason=reason)
-        message.header.stamp = to_time(T0_NS + n * STEP_NS)
-        bench.node._on_control_step(message)
-
+def test_after_a_stop_an_inference_starts_at_once(bench):
     bench.say("go")
     bench.observe(0)
     bench.inference_begins()
     bench.inference_ends()
-    for n, reason in enumerate((Reason.NONE, Reason.DISABLED, Reason.DISABLED), start=1):
-        step(n, reason)
+    for n in (1, 2, 3):
         bench.observe(n)
     assert len(bench.chunks) == 1, "e is 10 steps"
-    step(4, Reason.NO_CHUNK)  # enabled
+    bench.node._on_replan(Header(stamp=to_time(T0_NS + 4 * STEP_NS)))
     bench.observe(4)
     bench.inference_begins()
-    step(5, Reason.NO_CHUNK)
     bench.inference_ends()
-    step(6, Reason.NO_CHUNK)
     bench.observe(6)
     assert [to_ns(chunk.header.stamp) for chunk in bench.chunks] == [T0_NS, T0_NS + 4 * STEP_NS]
     assert len(bench.policy.instructions) == 3, "one is enough"

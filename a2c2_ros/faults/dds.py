@@ -510,11 +510,12 @@ class World:
 
     def controller_restarted(self, may_move: bool) -> None:
         """The controller's process was killed: a new one knows nothing but the chunks that the middleware keeps."""
-        chunks = list(self._recent_chunks)
+        # Its first ticks may be over when they are heard: what was observed from now on counts.
+        chunks, now_ns = list(self._recent_chunks), self.now_ns()
         self._unrecorded.clear()  # a tick's record may die with its process
 
         def tell() -> None:
-            self.judge.restarted(may_move)
+            self.judge.restarted(may_move, now_ns)
             for chunk in chunks:
                 self.judge.chunk(chunk, chunk.t_obs_ns)
 

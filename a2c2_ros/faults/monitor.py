@@ -266,14 +266,20 @@ class Judge:
         """The loop raised."""
         self._latch()
 
-    def restarted(self, may_move: bool = True) -> None:
-        """A new loop: it knows nothing, commanded nothing, and may move the robot if it starts enabled."""
+    def restarted(self, may_move: bool = True, known_from_ns: int | None = None) -> None:
+        """A new loop: it knows nothing, commanded nothing, and may move the robot if it starts enabled.
+
+        Args:
+            may_move: It starts enabled.
+            known_from_ns: Chunks of observations from this time [ns] on count; None: from its first tick on.
+        """
         self._last_t_ns: int | None = None
         self._latched_ns: int | None = None if may_move else -(10**18)
         self._asked = False
         self.pressed = False
         self._signal_ns: int | None = None
         self._forget_data()
+        self._known_from_ns = known_from_ns
         self._kept: np.ndarray | None = None  # last command
         self._silence()
 

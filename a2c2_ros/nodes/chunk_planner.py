@@ -9,7 +9,7 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from sensor_msgs.msg import JointState
-from std_msgs.msg import String
+from std_msgs.msg import Header, String
 
 from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.config import PlannerConfig
@@ -22,7 +22,7 @@ from a2c2_ros.core.safety import Reason, stale_stream
 from a2c2_ros.core.timing import ChunkTiming, DelayMonitor
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
-from a2c2_ros.msg import ControlStep, PlannerStatus, PlannerTiming
+from a2c2_ros.msg import PlannerStatus, PlannerTiming
 from a2c2_ros.nodes.conversions import chunk_to_message, timing_to_message, to_ns, to_time
 from a2c2_ros.nodes.diagnostics import diagnostics_of
 from a2c2_ros.nodes.observation_source import ObservationSource
@@ -121,10 +121,7 @@ class ChunkPlanner(ManagedNode):
             JointState, "takeover", self._on_takeover, reliable_qos(1)
         )
         # So it does when a person has enabled it after a stop.
-        self._robot_waits = False
-        self._step_subscription = self.create_subscription(
-            ControlStep, "control_step", self._on_control_step, reliable_qos(10)
-        )
+        self._replan_subscription = self.create_subscription(Header, "replan", self._on_replan, reliable_qos(1))
         self._source = ObservationSource(
             self,
             self._profile,
@@ -144,7 +141,7 @@ class ChunkPlanner(ManagedNode):
         self.destroy_timer(self._report_timer)
         self.destroy_subscription(self._instruction_subscription)
         self.destroy_subscription(self._takeover_subscription)
-        self.destroy_subscription(self._step_subscription)
+        self.destroy_subscription(self._replan_subscription)
         self._cancel_due_timer()
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._worker = None
@@ -191,11 +188,8 @@ class ChunkPlanner(ManagedNode):
         given_ns = min(to_ns(message.header.stamp), latest_ns)
         self._schedule.replan(given_ns + self._settings.value.takeover_timeout_ns)
 
-    def _on_control_step(self, message: ControlStep) -> None:
-        waits = message.reason == Reason.NO_CHUNK
-        if waits and not self._robot_waits:
-            self._schedule.replan(to_ns(message.header.stamp))
-        self._robot_waits = waits
+    def _on_replan(self, message: Header) -> None:
+        self._schedule.replan(to_ns(message.stamp))
 
     def _on_sample(self) -> None:
         observation = self._source.snapshot()

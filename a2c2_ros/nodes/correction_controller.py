@@ -22,7 +22,7 @@ from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.task import Future
 from sensor_msgs.msg import JointState
-from std_msgs.msg import Bool
+from std_msgs.msg import Bool, Header
 from std_srvs.srv import SetBool
 
 from a2c2_ros.core.config import ControllerConfig
@@ -168,6 +168,7 @@ class CorrectionController(ManagedNode):
         self._configuration_publisher = self.create_publisher(
             ControlConfiguration, "control_configuration", latched_qos(10)
         )
+        self._replan_publisher = self.create_publisher(Header, "replan", reliable_qos(1))
         self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
 
     def activate(self) -> None:
@@ -178,6 +179,7 @@ class CorrectionController(ManagedNode):
         self._due, self._postponed_ticks = None, 0
         self._status, self._newest_chunk_ns = None, 0
         self._loop.forget()  # the last chunks come again, whatever happened since they were computed
+        self._ask_for_chunk()
         prepare = None if config.lockstep else self._prepare
         self._source = ObservationSource(
             self,
@@ -419,10 +421,17 @@ class CorrectionController(ManagedNode):
             response.message = NOT_ENABLED if request.data else NOT_YET_STOPPED
             self.get_logger().error(f"~/enable: {response.message}")
             return response
+        if request.data:
+            self._ask_for_chunk()
         response.success = True
         response.message = "enabled" if request.data else "disabled"
         self.get_logger().info(f"{response.message} by ~/enable")
         return response
+
+    def _ask_for_chunk(self) -> None:
+        """Tell the planner that no chunk counts that was observed until now; a simulation waits for the next anyway."""
+        if not self._settings.value.lockstep:
+            self._replan_publisher.publish(Header(stamp=self.get_clock().now().to_msg()))
 
     def _on_emergency_stop(self, message: Bool, heard_by: ReliabilityPolicy = ReliabilityPolicy.RELIABLE) -> None:
         # A message of a reliable publisher comes twice, and its two copies in any order with those of the messages
