@@ -271,7 +271,8 @@ class Judge:
 
         Args:
             may_move: It starts enabled.
-            known_from_ns: Chunks of observations from this time [ns] on count; None: from its first tick on.
+            known_from_ns: Chunks of observations from this time [ns] on may count, because its first ticks may not be
+                heard; those from the first one heard on must. None: from its first tick on.
         """
         self._last_t_ns: int | None = None
         self._latched_ns: int | None = None if may_move else -(10**18)
@@ -371,6 +372,7 @@ class Judge:
         self._person: tuple[int, np.ndarray] | None = None  # stamp and command
         self._person_ended = False  # it does not count any more
         self._known_from_ns: int | None = None  # chunks of older observations do not count; None: than the next tick
+        self._heard_from_ns: int | None = None  # first tick since
         self._age_limit_ns = self.rules.max_chunk_age_ns  # at the last tick
         self._driven_ns = 0  # last tick of a takeover
         self._commanded_ns = 0  # last tick at which a person commanded, perhaps in vain
@@ -400,6 +402,8 @@ class Judge:
     def _watch_ages(self, t_ns: int) -> None:
         """What was too old at the last tick stays so, whatever the parameters become."""
         limit_ns = self.rules.max_chunk_age_ns
+        if self._heard_from_ns is None:
+            self._heard_from_ns = t_ns
         if self._known_from_ns is None:
             self._known_from_ns = t_ns
         elif limit_ns > self._age_limit_ns and self._last_t_ns is not None:
@@ -464,7 +468,8 @@ class Judge:
         stale = self._stale_one(t_ns, needed, border_ns)
         if stale:
             return f"{stale} is stale"
-        known = [chunk for chunk in self._usable if chunk.t_obs_ns >= max(self._commanded_ns, self._known_from_ns)]
+        from_ns = max(self._commanded_ns, self._known_from_ns, self._heard_from_ns)
+        known = [chunk for chunk in self._usable if chunk.t_obs_ns >= from_ns]
         if not driven and not any(self._slot_error(chunk, t_ns) == "" for chunk in known):
             return "no chunk"
         if self.head_fails and not driven:

@@ -121,7 +121,7 @@ class ChunkPlanner(ManagedNode):
             JointState, "takeover", self._on_takeover, reliable_qos(1)
         )
         # So it does when a person has enabled it after a stop.
-        self._replan_subscription = self.create_subscription(Header, "replan", self._on_replan, reliable_qos(1))
+        self._replan_subscription = self.create_subscription(Header, "replan", self._on_replan, latched_qos(1))
         self._source = ObservationSource(
             self,
             self._profile,

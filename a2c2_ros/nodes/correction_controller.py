@@ -168,7 +168,7 @@ class CorrectionController(ManagedNode):
         self._configuration_publisher = self.create_publisher(
             ControlConfiguration, "control_configuration", latched_qos(10)
         )
-        self._replan_publisher = self.create_publisher(Header, "replan", reliable_qos(1))
+        self._replan_publisher = self.create_publisher(Header, "replan", latched_qos(1))
         self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
 
     def activate(self) -> None:
