@@ -233,7 +233,7 @@ def test_the_documentation_says_where_a_loop_stalled_or_did_not_correct():
     cells += [make_cell(report.BASELINE), make_cell(report.BASELINE, load="loaded", missed_ticks=75, missed_share=0.6)]
     cells += [make_cell(head="compact"), make_cell(head="compact", load="loaded", states=states, missed_ticks=2)]
     cells += [make_cell(head="transformer"), make_cell(rate_hz=50), make_cell(rate_hz=50, load="loaded")]
-    lines = report.markdown({"cells": cells, "targets": report.evaluate_targets(cells, None, 12.0)}).splitlines()
+    lines = report.page_tables({"cells": cells, "targets": report.evaluate_targets(cells, None, 12.0)}).splitlines()
     assert lines[2:5] == [
         "| a2c2_ros | mlp | 0.100 / 0.100 / 0.100 | 0.100 / 0.100 / 0.100 | 1.00 / 1.00 | 1.00 / 1.00 |",
         "| a2c2_ros | compact (corrected in 100% / 80% of the ticks, 4 held) | 0.100 / 0.100 / 0.100 "

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from a2c2_ros.benchmark.report import markdown
+from a2c2_ros.benchmark.report import page_tables
 from a2c2_ros.core.safety import Reason, State
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +19,7 @@ def test_every_state_and_reason_is_explained_under_its_number():
 
 
 def test_the_tables_of_the_timing_are_those_of_the_result():
-    tables = markdown(json.loads((ROOT / "results" / "bench.json").read_text())).splitlines()
+    tables = page_tables(json.loads((ROOT / "results" / "bench.json").read_text())).splitlines()
     page = (DOCS / "real_time.md").read_text().splitlines()
     assert [line for line in tables if line not in page] == []
     readme = [line for line in (ROOT / "README.md").read_text().splitlines() if " / " in line and line in page]

@@ -20,7 +20,7 @@ from a2c2_ros.heads.export import to_onnx
 from a2c2_ros.heads.onnx_head import OnnxHead, save_graph
 from a2c2_ros.launching import SYSTEMS, parse_arguments
 from a2c2_ros.sim.disturbance import Disturbed
-from a2c2_ros.training import from_bag, retrain, train_head
+from a2c2_ros.training import from_bag, libero, retrain, train_head
 from a2c2_ros.training.train_head import check_free
 
 
@@ -221,7 +221,7 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
             (step.product.parents[1] / "from_bag.json").write_text(json.dumps(numbers | {"bags": bags}))
         return 0
 
-    monkeypatch.setattr(retrain, "run_job", run)
+    monkeypatch.setattr(libero, "run_job", run)
     assert retrain.main(argv) == 1 and ran[-1] == "swap"
     assert retrain.main(argv) == 0 and ran.count("before") == 1
     assert ran[-3:] == ["swap", "static_before", "static_after"]

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from a2c2_ros import markdown
+
 OURS, OURS_NORMAL, BASELINE, BASELINE_SINGLE = "ours", "ours-normal", "baseline", "baseline-single"
 LABELS = {
     OURS: "a2c2_ros",
@@ -178,29 +180,29 @@ def targets_table(targets: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def page_tables(record: Mapping[str, Any]) -> str:
     """The two tables of the documentation: the loops at ``PAGE_RATE_HZ``, and the targets."""
     cells = [c for c in record["cells"] if "error" not in c and c["rate_hz"] == PAGE_RATE_HZ]
-    lines = [
-        f"| loop at {PAGE_RATE_HZ} Hz | head | period error idle, p50 / p99 / max [ms] | loaded "
-        "| tick to command idle, p50 / p99 [ms] | loaded |",
-        "|---|---|---|---|---|---|",
-    ]
+    heading = (
+        f"loop at {PAGE_RATE_HZ} Hz", "head", "period error idle, p50 / p99 / max [ms]", "loaded",
+        "tick to command idle, p50 / p99 [ms]", "loaded",
+    )  # fmt: skip
+    loops = []
     for loop in LABELS:
         for head in HEADS:
             idle, loaded = (find(cells, loop, head, PAGE_RATE_HZ, load) for load in ("idle", "loaded"))
             if idle and loaded:
                 name = "off" if head == "none" else head + _corrected(idle, loaded)
                 latencies = (_numbers(c["command_latency_ms"], ("p50", "p99"), 2) for c in (idle, loaded))
-                fields = (LABELS[loop], name, _regularity(idle), _regularity(loaded), *latencies)
-                lines.append(f"| {' | '.join(fields)} |")
-    lines += ["", "| target | limit | measured | |", "|---|---|---|---|"]
+                loops.append((LABELS[loop], name, _regularity(idle), _regularity(loaded), *latencies))
+    targets = []
     words = {True: "met", False: "not met", None: "not measured"}
     for t in record["targets"]:
         value = "" if t["value"] is None else f"{t['value']:.3g}"
         where = f": {t['where']}" if t["met"] is False else ""
-        lines.append(f"| {t['what']} | {t['limit']:g} | {value} | {words[t['met']]}{where} |")
-    return "\n".join(lines)
+        targets.append((t["what"], f"{t['limit']:g}", value, f"{words[t['met']]}{where}"))
+    tables = markdown.table(heading, loops), markdown.table(("target", "limit", "measured", ""), targets)
+    return "\n\n".join(tables)
 
 
 def _regularity(cell: Cell) -> str:

@@ -34,7 +34,7 @@ from a2c2_ros.benchmark.report import (
     add_ratios,
     evaluate_targets,
     floor_lines,
-    markdown,
+    page_tables,
     plot,
     table,
     targets_table,
@@ -50,7 +50,8 @@ from a2c2_ros.benchmark.trace import (
     summary,
 )
 from a2c2_ros.bringup import DOMAINS
-from a2c2_ros.core.errors import A2C2Error
+from a2c2_ros.commands import command
+from a2c2_ros.core.errors import A2C2Error, ConfigError
 
 FULL_OUT, PART_OUT = Path("results/bench.json"), Path("runs/bench.json")
 RATES_HZ = (50, 100, 250)
@@ -379,17 +380,19 @@ def text(record: Mapping[str, Any]) -> str:
     return "\n\n".join((table(record["cells"]), floor_lines(record["floor"]), targets_table(record["targets"])))
 
 
-def show(path: Path) -> int:
-    """Print a result file, also as the documentation's tables; returns the exit code."""
+def show(path: Path) -> None:
+    """Print a result file, also as the documentation's tables.
+
+    Raises:
+        ConfigError: If it is none.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("benchmark") != "timing":
             raise ValueError(f"benchmark is {record.get('benchmark')!r}, not 'timing'")
     except (OSError, ValueError, AttributeError) as error:
-        print(f"error: {path} is not a result of this benchmark: {error}", file=sys.stderr)
-        return 2
-    print(f"{text(record)}\n\n{markdown(record)}")
-    return 0
+        raise ConfigError(f"{path} is not a result of this benchmark: {error}") from error
+    print(f"{text(record)}\n\n{page_tables(record)}")
 
 
 def run(args: argparse.Namespace, cells: Sequence[Cell], folder: Path) -> int:
@@ -449,11 +452,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 if a cell failed, 2 for wrong arguments."""
     args = parser().parse_args(argv)
     if args.show:
-        return show(args.show)
+        show(args.show)
+        return 0
     cells = quick_plan() if args.quick else full_plan()
     if args.cells:
         cells = [cell for cell in cells if any(fnmatch.fnmatch(cell.name, pattern) for pattern in args.cells)]

@@ -296,6 +296,11 @@ class EpisodeStore:
         return json.loads(self.path(task, number).read_text(encoding="utf-8"))["error"] is not None
 
 
+def valid_episodes(episodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of the records that did not end in an exception."""
+    return [e for e in episodes if e["error"] is None]
+
+
 def summarise(
     cell: Cell, identity: Mapping[str, Any], tasks: Sequence[int], episodes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -307,10 +312,10 @@ def summarise(
         tasks: Task numbers.
         episodes: Records of all episodes.
     """
-    valid = [e for e in episodes if e["error"] is None]
+    valid = valid_episodes(episodes)
 
     def counts(chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        fine = [e for e in chosen if e["error"] is None]
+        fine = valid_episodes(chosen)
         successes = sum(e["success"] for e in fine)
         return {
             "successes": successes,
@@ -379,8 +384,8 @@ def outcomes(result: Mapping[str, Any], episodes: int | None = None) -> Outcomes
     """Success by (task, initial state) of a result, without exceptions; only the first ``episodes`` of each task."""
     return {
         (r["task"], r["initial_state"]): bool(r["success"])
-        for r in result["rollouts"]
-        if r["error"] is None and (episodes is None or r["initial_state"] < episodes)
+        for r in valid_episodes(result["rollouts"])
+        if episodes is None or r["initial_state"] < episodes
     }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from a2c2_ros.benchmark.processes import interrupt_on_termination
+from a2c2_ros.commands import command
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.evaluation.cells import (
@@ -399,27 +400,24 @@ def print_list(items: Sequence[Item], left_out: Sequence[LeftOut], grid: Grid) -
         print(f"{entry.cell.name:32} {entry.cell.variant:10} left out: {entry.reason} {there}".rstrip())
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 if processes died, 2 for wrong settings, 130 if ended."""
     from a2c2_ros.evaluation import report
 
     args = parser().parse_args(argv)
     started = time.monotonic()
-    try:
-        if args.workers < 1 or (args.processes is not None and args.processes < 1):
-            raise ConfigError(f"--workers is {args.workers}, --processes is {args.processes}, allowed is 1 or more")
-        grid = load_grid(args.grid or default_grid(), quick=args.quick).of_split(args.split)
-        processes = args.processes or default_processes(args.workers, len(grid.tasks), _free_bytes())
-        cells, left_out = plan(grid, args.split)
-        if args.cells:
-            names = [cell.name for cell, _ in cells]
-            cells = [(c, n) for c, n in cells if any(fnmatchcase(c.name, p) for p in args.cells)]
-            if not cells:
-                raise ConfigError(f"--cells {args.cells} matches none of {names}")
-        items = make_items(grid, cells)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.workers < 1 or (args.processes is not None and args.processes < 1):
+        raise ConfigError(f"--workers is {args.workers}, --processes is {args.processes}, allowed is 1 or more")
+    grid = load_grid(args.grid or default_grid(), quick=args.quick).of_split(args.split)
+    processes = args.processes or default_processes(args.workers, len(grid.tasks), _free_bytes())
+    cells, left_out = plan(grid, args.split)
+    if args.cells:
+        names = [cell.name for cell, _ in cells]
+        cells = [(c, n) for c, n in cells if any(fnmatchcase(c.name, p) for p in args.cells)]
+        if not cells:
+            raise ConfigError(f"--cells {args.cells} matches none of {names}")
+    items = make_items(grid, cells)
     if args.list:
         print_list(items, left_out, grid)
         return 0

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.evaluation.plots import Curve, plot
-from a2c2_ros.evaluation.report import NOT_RUN, fill, table
+from a2c2_ros.evaluation.report import NOT_RUN, fill
 from a2c2_ros.evaluation.statistics import Z_95
+from a2c2_ros.markdown import table
 
 Pair = tuple[int, int]
 Result = Mapping

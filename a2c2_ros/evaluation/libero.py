@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from a2c2_ros.benchmark.processes import interrupt_on_termination
+from a2c2_ros.commands import command
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
-from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.evaluation.cells import EXPERT, METHOD_NAMES, SPLITS, STATIC, Cell, EpisodeStore, check_cell
 from a2c2_ros.evaluation.methods import METHODS
 from a2c2_ros.evaluation.runner import Item, run_items
@@ -68,6 +69,7 @@ def parts_folder(out: Path) -> Path:
     return out.with_suffix(".parts")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
@@ -91,9 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             workers=args.workers,
             processes=args.workers,
         )
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130

@@ -13,7 +13,16 @@ from typing import Any
 from a2c2_ros.commands import command
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.evaluation import paper
-from a2c2_ros.evaluation.cells import EXPERT, SPLITS, STATIC, Cell, outcomes, settings, settings_without_weights
+from a2c2_ros.evaluation.cells import (
+    EXPERT,
+    SPLITS,
+    STATIC,
+    Cell,
+    outcomes,
+    settings,
+    settings_without_weights,
+    valid_episodes,
+)
 from a2c2_ros.evaluation.failures import FAILURES
 from a2c2_ros.evaluation.grid import Grid, LeftOut, Pair, Row, default_grid, load_grid, make_cell, plan
 from a2c2_ros.evaluation.plots import Curve, plot
@@ -26,6 +35,7 @@ from a2c2_ros.evaluation.statistics import (
     recovery,
     wilson_interval,
 )
+from a2c2_ros.markdown import table
 from a2c2_ros.settings import differing
 
 NOT_RUN = "not run"
@@ -139,7 +149,7 @@ def _without_renderer(facts: Mapping[str, Any]) -> dict[str, Any]:
 def counts(result: Result, episodes: int | None = None) -> tuple[int, int, int]:
     """Successes, valid episodes and exceptions, of the first ``episodes`` of each task or of all."""
     chosen = [r for r in result["rollouts"] if episodes is None or r["initial_state"] < episodes]
-    fine = [r for r in chosen if r["error"] is None]
+    fine = valid_episodes(chosen)
     return sum(bool(r["success"]) for r in fine), len(fine), len(chosen) - len(fine)
 
 
@@ -167,11 +177,6 @@ def compare(found: Difference | None) -> str:
 
 def _p(found: Difference) -> str:
     return f"p = {found.p:.2g}" if found.p >= 0.001 else "p < 0.001"
-
-
-def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *rows])
 
 
 def paper_table(results: Results, pairs: Mapping[Pair, Mapping[str, float]], episodes: int | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from a2c2_ros.evaluation.cells import Cell, EpisodeStore, summarise, write_result
+from a2c2_ros.evaluation.cells import Cell, EpisodeStore, summarise, valid_episodes, write_result
 from a2c2_ros.evaluation.pool import Pool, Start, Unit
 from a2c2_ros.settings import differing
 
@@ -59,7 +59,7 @@ def publish(item: Item, tasks: Sequence[int]) -> None:
     if item.out.exists():
         old = json.loads(item.out.read_text(encoding="utf-8"))
         wrong = differing(old, item.store.settings)
-        count, fresh = valid(old), valid(new)
+        count, fresh = len(valid_episodes(old["rollouts"])), len(valid_episodes(new["rollouts"]))
         if not wrong:
             same = old.get("tasks") == list(tasks)
             if same and all(rollout in old["rollouts"] for rollout in new["rollouts"]):
@@ -75,18 +75,13 @@ def publish(item: Item, tasks: Sequence[int]) -> None:
     write_result(item.out, new)
 
 
-def valid(result: Mapping[str, Any]) -> int:
-    """Episodes of a result that ended without an exception."""
-    return sum(rollout["error"] is None for rollout in result["rollouts"])
-
-
 def stored(path: Path, settings: Mapping[str, Any]) -> str:
     """What a result's file holds, in words; empty if there is none."""
     if not path.exists():
         return ""
     result = json.loads(path.read_text(encoding="utf-8"))
     other = f" of other settings ({'; '.join(wrong)})" if (wrong := differing(result, settings)) else ""
-    return f"result: {valid(result)}{other}"
+    return f"result: {len(valid_episodes(result['rollouts']))}{other}"
 
 
 def run_items(

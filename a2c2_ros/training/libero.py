@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from a2c2_ros.benchmark.processes import interrupt_on_termination
-from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.commands import command
+from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.jobs import run_job
 from a2c2_ros.paths import share_directory
 
@@ -39,6 +40,22 @@ class Step:
     name: str
     command: tuple[str, ...]  # module of this package and its arguments
     product: Path | None = None  # exists when the step is done; None: the command itself sees what is missing
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.product is not None and self.product.exists()
+
+
+def run_step(step: Step, listing: bool) -> int:
+    """Print the command of a step and run it, unless it is done or only listed; returns its exit code."""
+    arguments = ["-m", f"a2c2_ros.{step.command[0]}", *step.command[1:]]
+    print(f"{'done   ' if step.done else ''}{step.name}: {shlex.join(arguments)}", flush=True)
+    if listing or step.done:
+        return 0
+    if code := run_job([sys.executable, *arguments]):
+        print(f"error: {step.name} ended with {code}; the same command continues", file=sys.stderr)
+    return code
 
 
 def options(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -173,24 +190,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code of the step that failed, else 0."""
     args = parser().parse_args(argv)
-    try:
-        plan = load_plan(args.plan or share_directory() / "config" / PLAN_FILE)
-    except A2C2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    plan = load_plan(args.plan or share_directory() / "config" / PLAN_FILE)
     interrupt_on_termination()
     for step in steps(plan, args.workers):
         if args.only and not any(fnmatchcase(step.name, pattern) for pattern in args.only):
             continue
-        done = step.product is not None and step.product.exists()
-        command = [sys.executable, "-m", f"a2c2_ros.{step.command[0]}", *step.command[1:]]
-        if args.list or not done:
-            print(f"{'done   ' if done else ''}{step.name}: {shlex.join(command[1:])}", flush=True)
-        if not args.list and not done and (code := run_job(command)):
-            print(f"error: {step.name} ended with {code}; the same command continues", file=sys.stderr)
+        if (args.list or not step.done) and (code := run_step(step, args.list)):
             return code
         if not args.list:
             keep_record(step, Path(plan["records"]))

@@ -11,7 +11,6 @@ continues after a kill.
 import argparse
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -30,12 +29,12 @@ from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.safety import State
 from a2c2_ros.evaluation.cells import DISTURBED, STATIC, SWAP, VARIANTS, outcomes, parse_variant, policy_facts
 from a2c2_ros.evaluation.statistics import difference
-from a2c2_ros.jobs import end_with_parent, run_job, run_jobs
+from a2c2_ros.jobs import end_with_parent, run_jobs
 from a2c2_ros.paths import model_path
 from a2c2_ros.settings import check_settings
 from a2c2_ros.sim import conventions
 from a2c2_ros.training.dataset import hash_files
-from a2c2_ros.training.libero import Step, options
+from a2c2_ros.training.libero import Step, options, run_step
 
 FIRST_SEED = 1_000_000
 """Placements of the recorded episodes; evaluations use seeds from 0 and from 2**31."""
@@ -120,11 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_data(args.old):
         print(f"{args.old} has no data set: the head is trained on the new data alone")
     for step in commands(args, argv):
-        done = step.product.exists()
-        command = [sys.executable, "-m", f"a2c2_ros.{step.command[0]}", *step.command[1:]]
-        print(f"{'done   ' if done else ''}{step.name}: {shlex.join(command[1:])}", flush=True)
-        if not args.list and not done and (code := run_job(command)):
-            print(f"error: {step.name} ended with {code}; the same command continues", file=sys.stderr)
+        if code := run_step(step, args.list):
             return code
     if not args.list:
         report(args)
