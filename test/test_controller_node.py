@@ -23,7 +23,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from ros_bench import ros
 from sensor_msgs.msg import JointState
-from std_msgs.msg import Bool, Float64MultiArray
+from std_msgs.msg import Bool, Float64MultiArray, Header
 from std_srvs.srv import SetBool
 
 from a2c2_ros.core.chunk import ActionChunk
@@ -33,7 +33,7 @@ from a2c2_ros.core.safety import Reason, State
 from a2c2_ros.core.timing import Tick
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.nodes import correction_controller
-from a2c2_ros.nodes.conversions import array_to_joint_state, array_to_pose, chunk_to_message
+from a2c2_ros.nodes.conversions import array_to_joint_state, array_to_pose, chunk_to_message, to_ns
 from a2c2_ros.nodes.correction_controller import CorrectionController
 from a2c2_ros.nodes.observation_source import ObservationSource
 from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, latched_qos, reliable_qos
@@ -436,6 +436,25 @@ def test_a_chunk_of_before_the_activation_is_not_executed_by_a_loop_that_is_new(
         assert node._loop.tick(now_ns, observation).reason == Reason.NO_CHUNK
         node._loop.install(chunk_of_the_panda(now_ns, position), now_ns)
         assert node._loop.tick(now_ns, observation).state == State.BASE_ONLY
+
+
+def test_the_planner_is_told_from_when_on_chunks_count_even_if_it_comes_later():
+    with controller() as node, peer_of(node) as (peer, until):
+        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+        since = []
+        peer.create_subscription(Header, "replan", lambda message: since.append(to_ns(message.stamp)), latched_qos(1))
+        until(lambda: len(since) == 1)
+        assert enable(node, False)[0]
+        before_ns = node.get_clock().now().nanoseconds
+        assert enable(node)[0]
+        until(lambda: len(since) == 2)
+        assert since[0] < before_ns <= since[1] <= node.get_clock().now().nanoseconds
+
+
+def test_a_simulation_s_planner_is_not_told_it_waits_for_the_next_chunk_anyway(monkeypatch):
+    with controller(lockstep=True) as node:
+        monkeypatch.setattr(node, "_replan_publisher", None)
+        assert enable(node, False)[0] and enable(node)[0]
 
 
 def test_a_rehearsal_does_not_wait_for_an_arm_that_is_not_commanded():
