@@ -1,4 +1,4 @@
-"""Commands in processes of their own, one or side by side, that never outlive this one."""
+"""Commands in processes of their own, one or side by side, that never outlive this one; and how this one ends."""
 
 import ctypes
 import os
@@ -78,3 +78,9 @@ def run_jobs(
         for process in running.values():
             process.wait()
     return failed
+
+
+def interrupt_on_termination() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, through its context managers."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)

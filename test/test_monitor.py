@@ -14,9 +14,9 @@ from a2c2_ros.msg import ControlConfiguration, ControlStep, EpisodeStatus, Plann
 from conftest import make_robot
 
 from a2c2_ros.core.errors import SimulationError
-from a2c2_ros.evaluation.overlay import BASE_COLOUR, COMMAND_COLOUR, VideoWriter, draw_frame, filmed
 from a2c2_ros.nodes.conversions import to_time
 from a2c2_ros.nodes.episode_monitor import EpisodeMonitor, Statistics, summarise
+from a2c2_ros.recording.film import BASE_COLOUR, COMMAND_COLOUR, VideoWriter, draw_frame, filmed
 
 
 def test_statistics_of_control_steps():

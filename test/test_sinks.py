@@ -23,7 +23,7 @@ from a2c2_ros.core.errors import ConfigError, ObservationError
 from a2c2_ros.drivers import sinks
 from a2c2_ros.drivers.mapping import ChannelMap
 from a2c2_ros.drivers.profile import CameraTopic, load_profile
-from a2c2_ros.drivers.sinks import GRIPPER_REPEAT_NS, make_sink
+from a2c2_ros.nodes.command_sinks import GRIPPER_REPEAT_NS, make_sink
 from a2c2_ros.nodes.conversions import image_to_array, to_ns, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource, compressed_to_image
 from a2c2_ros.nodes.runtime import EdgeLog, reliable_qos, sensor_qos

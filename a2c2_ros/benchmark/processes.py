@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -169,9 +168,3 @@ def fifo_threads(pid: int) -> int:
             # The nodes' threads ask for it with a flag that is part of the answer.
             found += os.sched_getscheduler(int(entry.name)) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO
     return found
-
-
-def interrupt_on_termination() -> None:
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, through its context managers."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from a2c2_ros import provenance
 from a2c2_ros.benchmark.load import READY
-from a2c2_ros.benchmark.processes import Processes, cpu_time_s, interrupt_on_termination
+from a2c2_ros.benchmark.processes import Processes, cpu_time_s
 from a2c2_ros.benchmark.report import OURS
 from a2c2_ros.benchmark.timing import QUIET_CORES, START_TIMEOUT_S, Bench, Cell, prepare
 from a2c2_ros.benchmark.trace import Trace, command_latencies_ms, period_errors_ms, summary
 from a2c2_ros.core.errors import A2C2Error
+from a2c2_ros.jobs import interrupt_on_termination
 
 RATE_HZ = 100
 HEAD = "compact"  # sees both cameras

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from a2c2_ros import provenance
 from a2c2_ros.benchmark import arm
 from a2c2_ros.benchmark.load import READY
-from a2c2_ros.benchmark.processes import CpuUse, Processes, fifo_threads, interrupt_on_termination
+from a2c2_ros.benchmark.processes import CpuUse, Processes, fifo_threads
 from a2c2_ros.benchmark.report import (
     BASELINE,
     BASELINE_SINGLE,
@@ -52,6 +52,7 @@ from a2c2_ros.benchmark.trace import (
 from a2c2_ros.bringup import DOMAINS
 from a2c2_ros.commands import command
 from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.jobs import interrupt_on_termination
 
 FULL_OUT, PART_OUT = Path("results/bench.json"), Path("runs/bench.json")
 RATES_HZ = (50, 100, 250)

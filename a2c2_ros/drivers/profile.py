@@ -56,7 +56,7 @@ class TrajectoryTiming:
 class CommandSpec:
     """How commands reach the driver."""
 
-    kind: str  # of COMMAND_KINDS, see drivers.sinks
+    kind: str  # of COMMAND_KINDS, see nodes.command_sinks
     topic: str
     joints: tuple[str, ...]  # the driver's names, in its order
     mapping: ChannelMap
@@ -69,7 +69,7 @@ class CommandSpec:
 class GripperSpec:
     """How gripper commands reach its driver."""
 
-    kind: str  # of GRIPPER_TOPIC_KINDS or GRIPPER_ACTION_KINDS, see drivers.sinks
+    kind: str  # of GRIPPER_TOPIC_KINDS or GRIPPER_ACTION_KINDS, see nodes.command_sinks
     topic: str  # or name of the action
     mapping: GripperMap
     tolerance: float  # a smaller change is not sent, driver's unit
@@ -100,7 +100,7 @@ class Profile:
 
     @property
     def command_kind(self) -> str:
-        """Kind of the commands, see drivers.sinks."""
+        """Kind of the commands, see nodes.command_sinks."""
         return self.command.kind
 
     def check_rate(self, control_rate_hz: float) -> None:

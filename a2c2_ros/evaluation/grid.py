@@ -18,7 +18,6 @@ from typing import Any
 
 import yaml
 
-from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.commands import command
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.errors import A2C2Error, ConfigError
@@ -36,6 +35,7 @@ from a2c2_ros.evaluation.cells import (
 from a2c2_ros.evaluation.methods import METHODS
 from a2c2_ros.evaluation.runner import Item, progress, run_items, stored
 from a2c2_ros.evaluation.worker import ProcessWorker
+from a2c2_ros.jobs import interrupt_on_termination
 from a2c2_ros.paths import share_directory
 from a2c2_ros.sim import conventions
 

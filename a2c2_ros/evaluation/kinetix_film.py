@@ -17,10 +17,10 @@ from a2c2_ros.commands import command
 from a2c2_ros.evaluation.batched import run_method
 from a2c2_ros.evaluation.kinetix import EVALUATION_SEED, KINETIX_METHODS
 from a2c2_ros.evaluation.methods import METHODS
-from a2c2_ros.evaluation.overlay import FONT, TEXT_COLOUR
 from a2c2_ros.heads.base import load_head
 from a2c2_ros.policies.flow import load_network
 from a2c2_ros.policies.language import InstructionEncoder
+from a2c2_ros.recording.film import FONT, TEXT_COLOUR
 
 GOING, FAILED, SOLVED = (200, 200, 200), (200, 60, 60), (60, 160, 60)
 """Colours of a picture's border [RGB]."""

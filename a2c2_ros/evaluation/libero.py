@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.commands import command
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.errors import ConfigError
@@ -18,6 +17,7 @@ from a2c2_ros.evaluation.cells import EXPERT, METHOD_NAMES, SPLITS, STATIC, Cell
 from a2c2_ros.evaluation.methods import METHODS
 from a2c2_ros.evaluation.runner import Item, run_items
 from a2c2_ros.evaluation.worker import ProcessWorker
+from a2c2_ros.jobs import interrupt_on_termination
 from a2c2_ros.sim import conventions
 
 

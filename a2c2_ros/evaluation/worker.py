@@ -63,8 +63,8 @@ def run_cell_episode(env: Any, cell: Cell, number: int, videos: Path | None = No
         The fields of :class:`rollout.Episode`, and ``failure``: of ``failures.FAILURES``, None for a success.
     """
     from a2c2_ros.evaluation.failures import Watched
-    from a2c2_ros.evaluation.overlay import filmed
     from a2c2_ros.evaluation.rollout import run_episode, run_expert_episode
+    from a2c2_ros.recording.film import filmed
 
     env = Watched(env)
     initial_state, seed = cell.placement(number)

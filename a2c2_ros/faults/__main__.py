@@ -17,7 +17,6 @@ from typing import Any
 from tqdm import tqdm
 
 from a2c2_ros import provenance
-from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.faults.base import SCENARIOS, Scenario
 from a2c2_ros.faults.campaign import FAULTS, CampaignResult, run_campaign
 from a2c2_ros.faults.monitor import INVARIANTS
@@ -31,6 +30,7 @@ from a2c2_ros.faults.runner import (
     select,
     summary,
 )
+from a2c2_ros.jobs import interrupt_on_termination
 
 CAMPAIGN = "campaign"
 SHOWN = 10  # violations of the campaign in the output

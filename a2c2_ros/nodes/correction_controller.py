@@ -33,11 +33,11 @@ from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.safety import MOVING, Latch, Reason, State, Verdict
 from a2c2_ros.core.timing import StepTiming, Tick, TickGrid
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.drivers.sinks import Sink, make_sink
 from a2c2_ros.heads.onnx_head import OnnxHead
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import ControlConfiguration, PlannerStatus
 from a2c2_ros.msg import ControlStep as ControlStepMsg
+from a2c2_ros.nodes.command_sinks import Sink, make_sink
 from a2c2_ros.nodes.conversions import (
     joint_state_to_array,
     message_to_chunk,

@@ -15,11 +15,11 @@ from a2c2_ros.core.errors import ConfigError, ObservationError
 from a2c2_ros.core.safety import State
 from a2c2_ros.core.timing import Window
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.evaluation.overlay import VIDEO_HZ, VideoWriter, captions, draw_frame
 from a2c2_ros.msg import ControlConfiguration, ControlStep, EpisodeStatus, PlannerTiming
 from a2c2_ros.nodes.conversions import to_ns
 from a2c2_ros.nodes.observation_source import Converter, sensor_topics
 from a2c2_ros.nodes.runtime import EdgeLog, NodeParameters, PlainNode, latched_qos, reliable_qos, run, sensor_qos
+from a2c2_ros.recording.film import VIDEO_HZ, VideoWriter, captions, draw_frame
 
 RESULTS = {
     EpisodeStatus.SUCCEEDED: "success",

@@ -13,8 +13,8 @@ from trajectory_msgs.msg import JointTrajectory
 from a2c2_ros.core.config import FUTURE_TOLERANCE_S, ControllerConfig, Parameters, parameter
 from a2c2_ros.core.errors import A2C2Error, ConfigError, ObservationError
 from a2c2_ros.drivers.profile import CommandSpec, GripperSpec, load_profile
-from a2c2_ros.drivers.sinks import MESSAGES
 from a2c2_ros.msg import EpisodeStatus
+from a2c2_ros.nodes.command_sinks import MESSAGES
 from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state, array_to_pose, to_ns, to_time
 from a2c2_ros.nodes.realtime import LatestWorker
 from a2c2_ros.nodes.runtime import (

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.commands import command
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.robot import Robot
 from a2c2_ros.core.state import state_vector
 from a2c2_ros.drivers.profile import STATE_NAMES
-from a2c2_ros.jobs import run_jobs
+from a2c2_ros.jobs import interrupt_on_termination, run_jobs
 from a2c2_ros.settings import check_settings
 from a2c2_ros.sim import conventions
 from a2c2_ros.sim.disturbance import Pushes

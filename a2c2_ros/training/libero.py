@@ -16,10 +16,9 @@ from typing import Any
 
 import yaml
 
-from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.commands import command
 from a2c2_ros.core.errors import ConfigError
-from a2c2_ros.jobs import run_job
+from a2c2_ros.jobs import interrupt_on_termination, run_job
 from a2c2_ros.paths import share_directory
 
 PLAN_FILE = "libero_training.yaml"

@@ -18,7 +18,6 @@ import numpy as np
 from tqdm import tqdm
 
 from a2c2_ros import provenance
-from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.commands import command
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import ControlStep, CorrectionLoop
@@ -27,7 +26,7 @@ from a2c2_ros.core.robot import Robot
 from a2c2_ros.core.state import state_vector
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation.rollout import run_episode
-from a2c2_ros.jobs import run_jobs
+from a2c2_ros.jobs import interrupt_on_termination, run_jobs
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.base import ChunkPolicy, Continuation, PolicyOutput
 from a2c2_ros.settings import check_settings

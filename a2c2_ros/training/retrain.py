@@ -22,14 +22,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from a2c2_ros import bringup, provenance
-from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.commands import command
 from a2c2_ros.core.config import PlannerConfig
 from a2c2_ros.core.errors import A2C2Error, ConfigError
 from a2c2_ros.core.safety import State
 from a2c2_ros.evaluation.cells import DISTURBED, STATIC, SWAP, VARIANTS, outcomes, parse_variant, policy_facts
 from a2c2_ros.evaluation.statistics import difference
-from a2c2_ros.jobs import end_with_parent, run_jobs
+from a2c2_ros.jobs import end_with_parent, interrupt_on_termination, run_jobs
 from a2c2_ros.paths import model_path
 from a2c2_ros.settings import check_settings
 from a2c2_ros.sim import conventions

@@ -17,11 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from a2c2_ros.benchmark.processes import interrupt_on_termination
 from a2c2_ros.commands import command
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.robot import Robot
-from a2c2_ros.jobs import run_job
+from a2c2_ros.jobs import interrupt_on_termination, run_job
 from a2c2_ros.policies.lerobot_files import VLM_FOLDER
 from a2c2_ros.settings import check_settings
 from a2c2_ros.training.dataset import IMAGE_PREFIX, Demonstrations, load_demonstrations
