@@ -55,7 +55,8 @@ def write_head(path, policy_id, parameters=0):
 
 def fake_record(cell, task, number):
     """Success depends on everything that identifies an episode but the time; one in seven raises."""
-    value = sum(map(ord, f"{cell.label}{cell.horizon}{cell.delay}{Path(cell.policy).name}")) + 13 * task + 7 * number
+    seen = f"{cell.label}{cell.execution_horizon}{cell.inference_delay}{Path(cell.policy).name}"
+    value = sum(map(ord, seen)) + 13 * task + 7 * number
     if value % 7 == 0:
         return {"error": f"SimulationError: {task} {number}"}
     record = {"success": value % 3 > 0, "steps": 10, "seconds": 0.5, "inference_ms": [1.0], "head_ms": [], "states": {}}

@@ -214,8 +214,8 @@ def test_an_evaluation_of_other_settings_is_not_continued(tmp_path):
 
     store().write(0, 0, {"error": None})
     assert store().missing(0, 2) == (1,)
-    with pytest.raises(ConfigError, match="delay: there 10, here 5"):
-        store("--delay", "5")
+    with pytest.raises(ConfigError, match="inference_delay: there 10, here 5"):
+        store("--inference-delay", "5")
     write_head(tmp_path / "other.onnx", "p1", parameters=1)
     with pytest.raises(ConfigError, match="head_sha256"):
         store("--head", str(tmp_path / "other.onnx"))
@@ -229,14 +229,15 @@ def test_an_evaluation_of_other_settings_is_not_continued(tmp_path):
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_the_single_cell_front_end_takes_every_method(tmp_path, method):
     cell = libero.make_cell(make_args(tmp_path / "r.json", "--method", method))
-    assert (cell.method, cell.horizon is None, bool(cell.head)) == (method, method == EXPERT, "a2c2" in method)
+    assert (cell.execution_horizon is None, bool(cell.head)) == (method == EXPERT, "a2c2" in method)
+    assert cell.method == method
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--tasks", "0-12"], "10, 11, 12"),
-        (["--horizon", "45"], "e=45"),
+        (["--execution-horizon", "45"], "e=45"),
         (["--episodes", "51"], "51"),
         (["--head", "nowhere.onnx"], "nowhere.onnx"),
         (["--method", "expert", "--videos"], "--videos"),

@@ -69,7 +69,7 @@ def results(folder):
 
 def expected(name, method, horizon, delay, episodes, folder):
     policy = "" if method == "expert" else f"{folder}/policy"
-    cell = Cell(label=method, method=method, horizon=horizon, delay=delay, policy=policy)
+    cell = Cell(label=method, method=method, execution_horizon=horizon, inference_delay=delay, policy=policy)
     records = [fake_record(cell, task, number) for task in (0, 3) for number in range(episodes)]
     fine = [r for r in records if r["error"] is None]
     return sum(r["success"] for r in fine), len(fine), len(records) - len(fine)
@@ -231,8 +231,9 @@ def test_a_result_with_more_episodes_is_kept_unless_the_weights_are_others(folde
 
 def test_a_row_is_compared_with_naive_under_the_same_conditions(folder):
     text = (folder / "grid.yaml").read_text()
-    rows = "  - {label: n2, method: naive, jitter: 2}\n  - {label: a2, method: a2c2, jitter: 2}\n"
-    rows += "  - {label: a3, method: a2c2, jitter: 3}\n  - {label: a4, method: a2c2, jitter: 3, baseline: n2}\n"
+    given = (("n2", "naive", "2"), ("a2", "a2c2", "2"), ("a3", "a2c2", "3"), ("a4", "a2c2", "3, baseline: n2"))
+    row = "  - {{label: {}, method: {}, inference_delay_jitter: {}}}\n"
+    rows = "".join(row.format(*values) for values in given)
     (folder / "grid.yaml").write_text(text.replace("pairs: [[40", f"{rows}pairs: [[40", 1))
     loaded = grid.load_grid(folder / "grid.yaml")
     found = {row.label: loaded.baseline(row) for row in loaded.rows}
@@ -364,7 +365,7 @@ serve(5, sys.stdin, sys.stdout, run)
 
 def test_a_worker_process_answers_records_exceptions_and_is_missed_when_it_dies(tmp_path):
     worker = ProcessWorker([sys.executable, "-c", SERVER], tmp_path / "logs" / "w.log")
-    cell = Cell(label="x", method="naive", horizon=10, delay=0, policy="p")
+    cell = Cell(label="x", method="naive", execution_horizon=10, inference_delay=0, policy="p")
     assert worker.run(cell, 0) == {"error": None, "success": True, "steps": 5}
     assert worker.run(cell, 1) == {"error": "ValueError: one episode"}
     with pytest.raises(WorkerError, match="code 7"):
@@ -449,8 +450,8 @@ def fake_result(folder, method, horizon, delay, successes, *, label="", variant=
         label=label or method,
         method=method,
         variant=variant,
-        horizon=horizon,
-        delay=delay,
+        execution_horizon=horizon,
+        inference_delay=delay,
         policy=f"{folder}/policy",
         head=f"{folder}/head.onnx" if method == "a2c2" else "",
     )
@@ -637,7 +638,8 @@ def test_command_line_lists_and_refuses(folder, capsys):
 
 def test_one_real_short_episode(tmp_path):
     out = tmp_path / "r.json"
-    arguments = ["--method", "naive", "--horizon", "10", "--delay", "0", "--tasks", "0", "--episodes", "1"]
+    arguments = ["--method", "naive", "--execution-horizon", "10", "--inference-delay", "0"]
+    arguments += ["--tasks", "0", "--episodes", "1"]
     assert libero.main(["--out", str(out), *arguments, "--max-steps", "4", "--workers", "1", "--videos"]) == 0
     result = json.loads(out.read_text())
     rollout = {"task": 0, "initial_state": 0, "success": False, "steps": 4, "failure": "never lifted", "error": None}

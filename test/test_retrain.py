@@ -185,7 +185,8 @@ def test_what_is_done_is_kept_and_the_result_has_both_rates(tmp_path, monkeypatc
 
     def evaluated(successes):
         rollouts = [{"task": 0, "initial_state": i, "success": i < successes, "error": None} for i in range(4)]
-        cell = {"cell": "a2c2", "variant": "drift", "horizon": 40, "delay": 10, "head_sha256": "", "failures": {}}
+        cell = {"cell": "a2c2", "variant": "drift", "execution_horizon": 40, "inference_delay": 10}
+        cell |= {"head_sha256": "", "failures": {}}
         return cell | {"total": total | {"successes": successes}, "per_task": {}, "rollouts": rollouts}
 
     content = {

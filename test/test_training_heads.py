@@ -588,9 +588,10 @@ def test_executed_chunks_of_episodes_are_joined_in_order(on_policy, tmp_path):
     out = tmp_path / "data"
     out.mkdir()
     on_policy.save_executed(out, paths, POLICY_ID)
-    on_policy.save_record(out, paths, {"policy_id": POLICY_ID, "e": 4})
+    on_policy.save_record(out, paths, {"policy_id": POLICY_ID, "execution_horizon": 4})
     record = json.loads((out / "executed" / "record.json").read_text())
-    assert record["solved"] == 1 and record["e"] == 4 and [e["steps"] for e in record["episodes"]] == [4, 3]
+    assert (record["solved"], record["execution_horizon"]) == (1, 4)
+    assert [episode["steps"] for episode in record["episodes"]] == [4, 3]
     base = load_base(out, demonstrations(lengths=(4, 3)), POLICY_ID)
     assert base.slot.tolist() == [0, 1, 0, 1, -1, 1, 0]
     assert np.array_equal(base.action[3], actions[0][1, 1]) and np.array_equal(base.action[5], actions[1][0, 1])
@@ -598,20 +599,21 @@ def test_executed_chunks_of_episodes_are_joined_in_order(on_policy, tmp_path):
 
 def test_run_of_other_settings_is_not_continued(on_policy, tmp_path, capsys):
     path = tmp_path / "settings.json"
-    on_policy.check_settings(path, {"e": 40, "head_sha256": None})
-    on_policy.check_settings(path, {"e": 40, "head_sha256": None})
-    with pytest.raises(ConfigError, match="e: there 40, here 10"):
-        on_policy.check_settings(path, {"e": 10, "head_sha256": None})
+    on_policy.check_settings(path, {"execution_horizon": 40, "head_sha256": None})
+    on_policy.check_settings(path, {"execution_horizon": 40, "head_sha256": None})
+    with pytest.raises(ConfigError, match="execution_horizon: there 40, here 10"):
+        on_policy.check_settings(path, {"execution_horizon": 10, "head_sha256": None})
     written = path.stat().st_mtime_ns, path.stat().st_ino
-    on_policy.check_settings(path, {"e": 40})
+    on_policy.check_settings(path, {"execution_horizon": 40})
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == written and list(tmp_path.iterdir()) == [path]
     damaged = tmp_path / "damaged.json"
     damaged.touch()
     with pytest.raises(ConfigError, match=r"damaged\.json cannot be read"):
-        on_policy.check_settings(damaged, {"e": 40})
+        on_policy.check_settings(damaged, {"execution_horizon": 40})
     assert on_policy.main(["--out", str(tmp_path), "--policy", "flow_libero_spatial"]) == 2
     assert "exists already" in capsys.readouterr().err
-    too_late = ["--out", str(tmp_path / "x"), "--policy", "flow_libero_spatial", "--d", "20", "--e", "40"]
+    too_late = ["--inference-delay", "20", "--execution-horizon", "40"]
+    too_late += ["--out", str(tmp_path / "x"), "--policy", "flow_libero_spatial"]
     assert on_policy.main(too_late) == 2 and "e + d <= H" in capsys.readouterr().err
 
 
@@ -634,7 +636,7 @@ def test_visited_states_carry_the_experts_label_and_the_executed_chunk(on_policy
 
     robot, policy = load_profile("libero").robot, Upwards()
     loop = CorrectionLoop(ControllerConfig(correction__enabled=False, lockstep=True), robot)
-    config = on_policy.planner_config(argparse.Namespace(policy="", e=6, d=2), 50)
+    config = on_policy.planner_config(argparse.Namespace(policy="", execution_horizon=6, inference_delay=2), 50)
     with LiberoEnv(0) as env:
         frames, base, solved = on_policy.visit(env, robot, policy, loop, config, seed=3, max_steps=16)
         first = env.reset(None, 3)

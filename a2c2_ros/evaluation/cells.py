@@ -62,12 +62,12 @@ class Cell:
 
     label: str  # name of the row
     method: str  # of ``METHOD_NAMES``
-    horizon: int | None = None  # e [steps]; None for the expert
-    delay: int | None = None  # d [steps]; None for the expert
+    execution_horizon: int | None = None  # e [steps]; None for the expert
+    inference_delay: int | None = None  # d [steps]; None for the expert
     policy: str = ""  # checkpoint folder
     head: str = ""  # ONNX file; only of methods with a head
     seed: int = 0  # of fixtures, policy noise and jitter
-    jitter: int = 0  # d varies by up to this many steps
+    inference_delay_jitter: int = 0  # d varies by up to this many steps
     variant: str = STATIC
     split: str = "test"
     max_steps: int = conventions.MAX_STEPS
@@ -85,7 +85,9 @@ class Cell:
     @property
     def name(self) -> str:
         """Of files and in lists."""
-        return self.label if self.horizon is None else f"{self.label}_e{self.horizon}_d{self.delay}"
+        if self.execution_horizon is None:
+            return self.label
+        return f"{self.label}_e{self.execution_horizon}_d{self.inference_delay}"
 
     @property
     def corrected(self) -> bool:
@@ -103,9 +105,9 @@ class Cell:
         return PlannerConfig(
             policy_path=self.policy,
             horizon=policy_facts(self.policy)["horizon"],
-            execution_horizon=self.horizon,
-            inference_delay=self.delay,
-            inference_delay_jitter=self.jitter,
+            execution_horizon=self.execution_horizon,
+            inference_delay=self.inference_delay,
+            inference_delay_jitter=self.inference_delay_jitter,
             chunking=METHODS[self.method].chunking,
             seed=self.seed,
             lockstep=True,
@@ -143,7 +145,7 @@ def check_cell(cell: Cell) -> None:
     if cell.method == EXPERT:
         return
     config, facts = cell.planner_config(), policy_facts(cell.policy)
-    longest = cell.delay + cell.jitter
+    longest = cell.inference_delay + cell.inference_delay_jitter
     if config.chunking == "tt_rtc" and longest > facts["prefix_slots"]:
         raise ConfigError(
             f"d={longest} is longer than the prefix of {facts['prefix_slots']} slots that the policy "
@@ -180,7 +182,8 @@ def settings_without_weights(cell: Cell) -> dict[str, Any]:
         "environment": environment(),
     }
     if cell.method != EXPERT:
-        found |= {"horizon": cell.horizon, "delay": cell.delay, "jitter": cell.jitter}
+        names = ("execution_horizon", "inference_delay", "inference_delay_jitter")
+        found |= {name: getattr(cell, name) for name in names}
     return found
 
 

@@ -58,7 +58,7 @@ class Row:
     policy: str = ""  # checkpoint folder
     head: str = ""  # ONNX file, for the methods with a2c2
     seed: int = 0  # of fixtures, policy noise and jitter; rows are only comparable with the same
-    jitter: int = 0  # d varies by up to this many steps
+    inference_delay_jitter: int = 0  # d varies by up to this many steps
     variant: str = STATIC  # or a motion of the simulator
     pairs: tuple[Pair, ...] = ()  # instead of the grid's
     baseline: str = ""  # label that it is compared with; default: naive with the same policy and variant
@@ -146,7 +146,7 @@ class Grid:
             return None
 
         def conditions(of: Row) -> tuple[object, ...]:
-            return of.policy, of.variant, of.seed, of.jitter
+            return of.policy, of.variant, of.seed, of.inference_delay_jitter
 
         naive = (other for other in self.rows if other.method == "naive")
         return next((other for other in naive if conditions(other) == conditions(row)), None)
@@ -279,8 +279,13 @@ def make_cell(grid: Grid, row: Row, pair: Pair | None, split: str) -> Cell:
     if row.method == EXPERT:
         return Cell(**values)
     head = row.head if METHODS[row.method].corrected else ""
-    horizon, delay = pair
-    return Cell(**values, horizon=horizon, delay=delay, policy=row.policy, head=head, jitter=row.jitter)
+    values |= {"execution_horizon": pair[0], "inference_delay": pair[1]}
+    values |= {"inference_delay_jitter": row.inference_delay_jitter}
+    return Cell(**values, policy=row.policy, head=head)
+
+
+def _pair(cell: Cell) -> tuple[int | None, int | None]:
+    return cell.execution_horizon, cell.inference_delay
 
 
 def equivalent_method(cell: Cell) -> str:
@@ -292,9 +297,9 @@ def equivalent_method(cell: Cell) -> str:
     if cell.method == EXPERT:
         return cell.method
     chunking, corrected = METHODS[cell.method].chunking, METHODS[cell.method].corrected
-    longest = cell.delay + cell.jitter
+    longest = cell.inference_delay + cell.inference_delay_jitter
     alike = (chunking in ("synchronous", "tt_rtc") and longest == 0) or (
-        chunking == "rtc" and cell.horizon >= policy_facts(cell.policy)["horizon"]
+        chunking == "rtc" and cell.execution_horizon >= policy_facts(cell.policy)["horizon"]
     )
     return ("a2c2" if corrected else "naive") if alike else cell.method
 
@@ -335,7 +340,7 @@ def plan(grid: Grid, split: str = "test") -> tuple[list[tuple[Cell, int]], list[
             left_out.append(LeftOut(cell, f"the same method as {other} at this (e, d)", other))
     planned = [(cell, grid.episodes) for cell in kept]
     for entry in grid.more:
-        chosen = [c for pair in entry.pairs for c in kept if (c.horizon, c.delay) == pair and c.label in entry.rows]
+        chosen = [c for pair in entry.pairs for c in kept if _pair(c) == pair and c.label in entry.rows]
         planned += [(cell, entry.episodes) for cell in chosen if entry.episodes > grid.episodes]
     order = {variant: number for number, variant in enumerate(grid.variants)}
     return sorted(planned, key=lambda entry: order[entry[0].variant]), left_out

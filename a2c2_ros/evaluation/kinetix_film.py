@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--task", required=True, help="name of the level; make kinetix has trained for it")
     p.add_argument("--work", type=Path, default=Path("runs/kinetix"), help="trainings")
     p.add_argument("--methods", nargs="+", choices=KINETIX_METHODS, default=["naive", "a2c2"], help="rows")
-    p.add_argument("--e", type=int, default=4, help="execution horizon [steps]")
-    p.add_argument("--d", type=int, default=4, help="inference delay [steps]")
+    p.add_argument("--execution-horizon", type=int, default=4, help="execution horizon [steps]")
+    p.add_argument("--inference-delay", type=int, default=4, help="inference delay [steps]")
     p.add_argument("--episodes", type=int, default=4, help="columns")
     p.add_argument("--size", type=int, default=160, help="side of a picture [pixels]")
     p.add_argument("--out", type=Path, required=True, help="file.gif")
@@ -75,9 +75,9 @@ def film(args: argparse.Namespace) -> None:
     rows = []
     for name in args.methods:
         filmed = _Filmed(env, args.size)
-        cell = [(args.e, args.d)]
-        run_method(filmed, policy, head, METHODS[name], cell, args.episodes, EVALUATION_SEED, language)
-        rows.append(_with_heading(np.stack(filmed.frames), f"{name}, e = {args.e}, d = {args.d}"))
+        e, d = args.execution_horizon, args.inference_delay
+        run_method(filmed, policy, head, METHODS[name], [(e, d)], args.episodes, EVALUATION_SEED, language)
+        rows.append(_with_heading(np.stack(filmed.frames), f"{name}, e = {e}, d = {d}"))
     length = max(map(len, rows))  # the last picture stays
     frames = np.concatenate([row[np.minimum(np.arange(length), len(row) - 1)] for row in rows], axis=1)
     pictures = [Image.fromarray(frame).quantize(64, method=Image.Quantize.FASTOCTREE) for frame in frames]

@@ -34,9 +34,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--episodes", type=int, default=10, help="initial states per task, from 0")
     p.add_argument("--split", choices=SPLITS, default="test", help="initial states: official, or sampled to choose by")
     p.add_argument("--variant", default=STATIC, help="static, swap, or a motion of the simulator")
-    p.add_argument("--horizon", type=int, default=40, help="execution horizon e [steps]")
-    p.add_argument("--delay", type=int, default=10, help="injected inference delay d [steps]")
-    p.add_argument("--jitter", type=int, default=0, help="the delay varies by up to this many steps, seeded")
+    p.add_argument("--execution-horizon", type=int, default=40, help="execution horizon e [steps]")
+    p.add_argument("--inference-delay", type=int, default=10, help="injected inference delay d [steps]")
+    p.add_argument("--inference-delay-jitter", type=int, default=0, help="d varies by up to this many steps, seeded")
     p.add_argument("--seed", type=int, default=0, help="seed of fixtures, policy noise and jitter")
     p.add_argument("--policy", default=PlannerConfig().policy_path, help="checkpoint folder of the base policy")
     p.add_argument("--head", default=ControllerConfig().correction__model_path, help="ONNX head")
@@ -52,12 +52,12 @@ def make_cell(args: argparse.Namespace) -> Cell:
     return Cell(
         label=args.method,
         method=args.method,
-        horizon=None if expert else args.horizon,
-        delay=None if expert else args.delay,
+        execution_horizon=None if expert else args.execution_horizon,
+        inference_delay=None if expert else args.inference_delay,
         policy="" if expert else args.policy,
         head=args.head if not expert and METHODS[args.method].corrected else "",
         seed=args.seed,
-        jitter=args.jitter,
+        inference_delay_jitter=args.inference_delay_jitter,
         variant=args.variant,
         split=args.split,
         max_steps=args.max_steps,

@@ -326,7 +326,8 @@ def failure_table(results: Results) -> str:
     for result in found:
         failures = result.get("failures")
         if failures:
-            where = "" if result["method"] == EXPERT else f"({result['horizon']}, {result['delay']})"
+            pair = (result.get("execution_horizon"), result.get("inference_delay"))
+            where = "" if result["method"] == EXPERT else str(pair)
             numbers = [str(failures.get(name, 0)) for name in FAILURES]
             lines.append([result["label"], where, str(result["total"]["episodes"]), *numbers])
     key = "; ".join(f"*{name}*: {what}" for name, what in FAILURES.items())
@@ -400,7 +401,7 @@ def left_out_section(results: Results) -> str:
     there: dict[str, list[str]] = {}  # of a row
     open_pairs: dict[str, list[str]] = {}
     for cell in dict.fromkeys(cell for cell, _ in results.cells):
-        where = "" if cell.horizon is None else f"({cell.horizon}, {cell.delay})"
+        where = "" if cell.execution_horizon is None else f"({cell.execution_horizon}, {cell.inference_delay})"
         if have.get(cell.name, 0) >= wanted[cell.name] or cell.name in results.stale:
             there.setdefault(cell.label, []).append(where)
         else:

@@ -1,11 +1,11 @@
 """Episodes of the real loop on LIBERO Spatial, every visited state labelled by the scripted expert (DAgger).
 
-``python -m a2c2_ros.training.on_policy --policy DIR --head ONNX --e 40 --d 10 --out DATASET``. Placements are sampled;
-the official initial states are for evaluation. An episode ends with success, where the expert is done or can do nothing
-more, or after the step limit; failed ones are kept, since they show what the head cannot do yet. The result is a data
-set as of ``training.demonstrations`` (``action`` is the expert's, ``action.executed`` the loop's) with the base chunks
-that were executed in ``executed/<policy id>.npz``: ``train_head --data DEMONSTRATIONS DATASET`` trains on exactly the
-(base action, τ, z) that the loop met.
+``python -m a2c2_ros.training.on_policy --policy DIR --head ONNX --out DATASET``. Placements are sampled; the official
+initial states are for evaluation. An episode ends with success, where the expert is done or can do nothing more, or
+after the step limit; failed ones are kept, since they show what the head cannot do yet. The result is a data set as of
+``training.demonstrations`` (``action`` is the expert's, ``action.executed`` the loop's) with the base chunks that were
+executed in ``executed/<policy id>.npz``: ``train_head --data DEMONSTRATIONS DATASET`` trains on exactly the (base
+action, τ, z) that the loop met.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from a2c2_ros.training.joining import save_executed, save_record
 
 SEED_STREAM = 1_000_003
 """Keeps the seeds of the placements apart from those of the demonstrations."""
-SETTINGS = ("e", "d", "seed", "max_steps")
+SETTINGS = ("execution_horizon", "inference_delay", "seed", "max_steps")
 
 
 class _Remembering:
@@ -172,8 +172,8 @@ def planner_config(args: argparse.Namespace, horizon: int, seed: int = 0) -> Pla
     return PlannerConfig(
         policy_path=args.policy,
         horizon=horizon,
-        execution_horizon=args.e,
-        inference_delay=args.d,
+        execution_horizon=args.execution_horizon,
+        inference_delay=args.inference_delay,
         seed=seed,
         lockstep=True,
     )
@@ -197,8 +197,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder of the data set; must not exist, but its parts may")
     p.add_argument("--policy", default=PlannerConfig().policy_path, help="checkpoint folder of the base policy")
     p.add_argument("--head", help="ONNX head that is executed; without it the base chunks are executed as they are")
-    p.add_argument("--e", type=int, default=40, help="execution horizon e [steps] (default 40)")
-    p.add_argument("--d", type=int, default=10, help="injected inference delay d [steps] (default 10)")
+    p.add_argument("--execution-horizon", type=int, default=40, help="execution horizon e [steps] (default 40)")
+    p.add_argument("--inference-delay", type=int, default=10, help="injected inference delay d [steps] (default 10)")
     p.add_argument("--tasks", default="0-9", help="task numbers, e.g. 0-3,7 (default 0-9)")
     p.add_argument("--episodes-per-task", type=int, default=20, help="episodes of each task (default 20)")
     p.add_argument("--workers", type=int, default=2, help="simulators that run at the same time (default 2)")

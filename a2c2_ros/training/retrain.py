@@ -42,7 +42,7 @@ SWAP_STEPS = 100
 SWAP_TIMEOUT_S = 600.0
 SETTINGS = (
     *("tasks", "rounds", "takeover_after", "episodes", "record_steps", "evaluations", "variant", "disturbance"),
-    *("e", "d", "seed", "minutes", "steps", "policy"),
+    *("execution_horizon", "inference_delay", "seed", "minutes", "steps", "policy"),
 )
 SETTINGS_FILE = "settings.json"
 POLICY, TAKEOVER = "policy", "takeover"
@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--episodes", type=int, default=20, help="recorded episodes per task and round")
     p.add_argument("--record-steps", type=int, default=120, help="of an episode, and again after a takeover")
     p.add_argument("--evaluations", type=int, default=10, help="initial states per task, before and after")
-    p.add_argument("--e", type=int, default=40, help="execution horizon e [steps]")
-    p.add_argument("--d", type=int, default=10, help="injected inference delay d [steps]")
+    p.add_argument("--execution-horizon", type=int, default=40, help="execution horizon e [steps]")
+    p.add_argument("--inference-delay", type=int, default=10, help="injected inference delay d [steps]")
     budget = p.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=12.0, help="of the training of a round")
     budget.add_argument("--steps", type=int, help="of the training of a round, instead of minutes")
@@ -132,8 +132,8 @@ def commands(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[Step]:
         "method": "a2c2",
         "tasks": args.tasks,
         "episodes": args.evaluations,
-        "horizon": args.e,
-        "delay": args.d,
+        "execution-horizon": args.execution_horizon,
+        "inference-delay": args.inference_delay,
         "seed": args.seed,
         "policy": args.policy,
         "workers": args.workers,
@@ -228,8 +228,8 @@ def arguments_of(args: argparse.Namespace, number: int, task: int, out: Path, **
         "disturbance": strength,
         "policy_path": args.policy,
         "head": head_folder(args, number - 1) / "head.onnx",
-        "execution_horizon": args.e,
-        "inference_delay": args.d,
+        "execution_horizon": args.execution_horizon,
+        "inference_delay": args.inference_delay,
         "out": out,
     }
     return ["libero_sim", *(f"{name}:={str(value)}" for name, value in (values | given).items())]
@@ -373,8 +373,8 @@ def report(args: argparse.Namespace) -> None:
         return json.loads((args.out / name).read_text(encoding="utf-8"))
 
     def shown(cell: dict) -> dict[str, object]:
-        names = ("cell", "variant", "horizon", "delay", "head_sha256", "total", "per_task", "failures")
-        return {name: cell[name] for name in names}
+        where = ("cell", "variant", "execution_horizon", "inference_delay", "head_sha256")
+        return {name: cell[name] for name in (*where, "total", "per_task", "failures")}
 
     def compared(first: dict, then: dict) -> dict[str, object]:
         pairs = difference(outcomes(then), outcomes(first))
