@@ -50,7 +50,6 @@ class Bench:
         self._chunk_id = 0
         self._clients = {}
         self.steps = []
-        self.received_chunks = []
         self.node.create_subscription(ControlStep, "control_step", self.steps.append, reliable_qos(1000))
         self.image = np.zeros((128, 128, 3), np.uint8)
         self.node.create_timer(0.04, self.publish_sensors)

@@ -15,7 +15,7 @@ from a2c2_ros.core.errors import ChunkError, ConfigError
 from a2c2_ros.core.limits import Limits
 from a2c2_ros.core.planner import RETRY_AFTER_NS, PlannerSchedule
 from a2c2_ros.core.safety import Reason, State
-from a2c2_ros.core.schedule import admissible_execution_horizons, check_timing, delay_steps, slot_index
+from a2c2_ros.core.schedule import admissible_execution_horizons, check_timing, slot_index
 from a2c2_ros.core.timing import DELAY_WINDOW_CHUNKS, DelayMonitor, TickGrid
 
 T0 = 1_000_000_000
@@ -134,11 +134,6 @@ def test_slot_is_elapsed_steps_whatever_happens_to_the_chunks(data):
 def test_slot_rule_owns_half_open_intervals(t_tick, t_obs, step):
     k = slot_index(t_tick, t_obs, step)
     assert t_obs + k * step <= t_tick < t_obs + (k + 1) * step
-
-
-def test_delay_is_floored():
-    assert delay_steps(99_999_999, STEP_NS) == 1
-    assert delay_steps(100_000_000, STEP_NS) == 2
 
 
 @given(st.lists(st.integers(-20_000_000, 20_000_000), min_size=2, max_size=50))

@@ -77,9 +77,7 @@ def made_messages(count: int) -> list[tuple[Topic, int, int, bytes]]:
     return out
 
 
-def write_bag(
-    path: Path, messages, *, max_file_bytes: int = 0, compression: str = "none", flush_every: int = 40
-) -> None:
+def write_bag(path: Path, messages, *, max_file_bytes: int = 0, compression: str = "none") -> None:
     bag = BagWriter(path, max_file_bytes, compression)
     for index, message in enumerate(messages):
         bag.write(*message)

@@ -27,13 +27,11 @@ def slot_index(t_tick_ns: int, t_obs_ns: int, step_ns: int) -> int:
     return (t_tick_ns - t_obs_ns) // step_ns
 
 
-def delay_steps(latency_ns: int, step_ns: int) -> int:
-    """Inference delay in control steps, ``d = floor(δ / Δt)`` (paper equation 2)."""
-    return latency_ns // step_ns
-
-
 def first_slot(latency_ns: int, step_ns: int) -> int:
-    """First slot that begins when a chunk is there, ``ceil(δ / Δt)``: the d that a control loop on the grid gets."""
+    """First slot that begins when a chunk is there, ``ceil(δ / Δt)``: the d that a control loop on the grid gets.
+
+    The paper's equation 2 rounds down; a slot that has begun is gone.
+    """
     return -(-latency_ns // step_ns)
 
 

@@ -1,7 +1,5 @@
 """What the paper measured on LIBERO Spatial (arXiv 2509.23224, SmolVLA as base policy): facts to compare with."""
 
-SOURCE = "arXiv 2509.23224"
-
 TABLE_1 = {
     (10, 0): {"naive": 0.818, "a2c2": 0.892},
     (40, 10): {"naive": 0.644, "a2c2": 0.842},

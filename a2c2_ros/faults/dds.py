@@ -756,12 +756,3 @@ def free_domain() -> int:
 def describe(step: Seen) -> str:
     """State and reason of a step, for people."""
     return f"{step.state.name} {step.reason.name}"
-
-
-def with_rules(world: World, **changes: Any) -> None:
-    """Tell the judge of changed parameters from now on."""
-
-    def change(judge: Judge) -> None:
-        judge.rules = replace(judge.rules, **changes)
-
-    world.tell_judge(change)

@@ -16,7 +16,6 @@ ACTION_DIM = len(ACTION_NAMES)
 ACTION_LOW = -1.0
 ACTION_HIGH = 1.0
 GRIPPER_OPEN = -1.0
-GRIPPER_HOLD = 0.0
 GRIPPER_CLOSE = 1.0
 POSITION_SCALE_M = 0.05
 """Metres that a full position action asks for, from the current pose, in world axes."""
