@@ -318,6 +318,18 @@ def test_a_shorter_leftover_shortens_the_delay():
     assert Continuation.of(schedule.next_request(T0 + STEP_NS)) is None, "after a reset there is no previous chunk"
 
 
+@pytest.mark.parametrize("mode", ["rtc", "tt_rtc"])
+def test_after_a_takeover_or_a_stop_nothing_is_gone_on_with(mode):
+    schedule = PlannerSchedule(PlannerConfig(chunking=mode, horizon=8, execution_horizon=4, inference_delay=3))
+    schedule.next_request(T0)
+    schedule.release(make_chunk(T0), T0)
+    schedule.replan(T0 + 2 * STEP_NS)
+    request = schedule.next_request(T0 + 2 * STEP_NS)
+    assert Continuation.of(request) is None, "the robot stands where it was stopped"
+    schedule.release(make_chunk(request.t_obs_ns, chunk_id=2), request.t_obs_ns)
+    assert len(Continuation.of(schedule.next_request(T0 + 6 * STEP_NS)).actions) == 4
+
+
 def test_the_measured_delay_counts_where_none_is_injected():
     schedule = PlannerSchedule(PlannerConfig(chunking="rtc", horizon=8, execution_horizon=4, inference_delay=1))
     schedule.next_request(T0)

@@ -191,6 +191,8 @@ class PlannerSchedule:
     def _known(self, t_obs_ns: int) -> np.ndarray:
         if self._config.chunking not in ("rtc", "tt_rtc"):
             return NOTHING
+        if self._previous is not None and self._previous.t_obs_ns < self._void_until_ns:
+            return NOTHING  # the robot does not go on with it
         known = leftover(self._previous, t_obs_ns)
         # What follows another instruction is executed until the new chunk comes, but says nothing about it.
         return known[: self._expected_delay_steps] if self._instruction_changed else known

@@ -180,7 +180,8 @@ class ChunkPlanner(ManagedNode):
             self._instruction = message.data
             self._schedule.invalidate()
             self.get_logger().info(f"instruction: {message.data!r}")
-        self._publish_status()
+        if self._settings.value.lockstep:
+            self._publish_status()
 
     def _on_takeover(self, message: JointState) -> None:
         # The stamp and not the arrival: the controller counts from there. It refuses one from the future.
