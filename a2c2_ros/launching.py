@@ -11,7 +11,7 @@ from a2c2_ros.core.config import ControllerConfig, Parameters, PlannerConfig
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.paths import share_directory
-from a2c2_ros.sim.conventions import MAX_STEPS, MOTIONS, SUITE, SUITES
+from a2c2_ros.sim.parameters import KinetixSimConfig, LiberoSimConfig
 
 Value = bool | int | float | str
 
@@ -145,40 +145,40 @@ OF_SIMULATOR = (
 )
 
 
-def _of(config: type[Parameters], field_name: str, name: str, default: Value | None = None) -> Argument:
+def _of(config: type[Parameters], field_name: str, default: Value | None = None, name: str = "") -> Argument:
     field = {item.name: item for item in dataclasses.fields(config)}[field_name]
     meta, default = field.metadata, field.default if default is None else default
-    return Argument(name, default, meta["description"], meta["low"], meta["high"], meta["choices"] or ())
+    return Argument(name or field_name, default, meta["description"], meta["low"], meta["high"], meta["choices"] or ())
 
 
 def _of_planner(name: str, default: Value | None = None) -> Argument:
-    return _of(PlannerConfig, name, name, default)
+    return _of(PlannerConfig, name, default)
 
 
-HEAD_DEVICE = _of(ControllerConfig, "correction__device", "head_device")
+def _of_libero(*names: str) -> tuple[Argument, ...]:
+    return tuple(_of(LiberoSimConfig, name) for name in names)
+
+
+HEAD_DEVICE = _of(ControllerConfig, "correction__device", name="head_device")
+CORRECTION = Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are")
+HEADLESS = Argument("headless", True, "No window with the cameras")
+RUN = (
+    Argument("record", False, "Write all topics to a bag in the run folder"),
+    Argument("out", "", "Run folder; empty: runs/<date>-<time>"),
+)
 
 
 LIBERO_SIM_ARGUMENTS = (
-    Argument("task", 0, "LIBERO Spatial task", 0, 9),
-    Argument("episodes", 2, "Episodes to run; 0: until stopped", 0, 100_000),
-    Argument("initial_state", -1, "Official initial state; -1: in turn; -2: sampled from the seed", -2, 49),
-    Argument("max_steps", MAX_STEPS, "Step limit of an episode", 1, 100_000),
+    *_of_libero("task", "episodes", "initial_state", "max_steps"),
     Argument("seed", 0, "Seed of the fixtures, the policy's noise and the delay's jitter", 0, 2**31 - 1),
     *map(_of_planner, OF_PLANNER),
-    Argument("motion", "none", "What the plate does: nothing, slide all the time, or once", texts=MOTIONS),
-    Argument("suite", SUITE, "LIBERO Spatial, or its form with two objects in each other's place", texts=SUITES),
-    Argument("disturbance", 0.0, "Strength of pushes that the arm gets now and then", 0.0, 1.0),
-    Argument("expert", False, "Publish what the scripted expert would do as expert_action, for training"),
-    Argument(
-        "takeover_after_steps", -1, "Then the scripted expert commands, as a person would; -1: never", -1, 100_000
-    ),
+    *_of_libero("motion", "suite", "disturbance", "expert", "takeover_after_steps"),
     Argument("head", "", f"ONNX head, as correction.model_path; empty: that of the parameter file; {OR_NONE}"),
     HEAD_DEVICE,
-    Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
-    Argument("lockstep", True, "The simulation waits for every command; false: it runs on the clock"),
-    Argument("headless", True, "No window with the cameras"),
-    Argument("record", False, "Write all topics to a bag in the run folder"),
-    Argument("out", "", "Run folder; empty: runs/<date>-<time>"),
+    CORRECTION,
+    *_of_libero("lockstep"),
+    HEADLESS,
+    *RUN,
 )
 
 
@@ -217,11 +217,10 @@ REAL_ROBOT_ARGUMENTS = (
     *(_of_planner(name, REAL_ROBOT_DEFAULTS.get(name)) for name in OF_PLANNER),
     Argument("head", "reach/mlp_reach/head.onnx", f"ONNX head, as correction.model_path; {OR_NONE}"),
     HEAD_DEVICE,
-    Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
+    CORRECTION,
     Argument("control_rate_hz", 0.0, "Control steps per second [Hz]; 0: as the profile says, else 20", 0.0, 1000.0),
-    Argument("headless", True, "No window with the cameras"),
-    Argument("record", False, "Write all topics to a bag in the run folder"),
-    Argument("out", "", "Run folder; empty: runs/<date>-<time>"),
+    HEADLESS,
+    *RUN,
 )
 
 
@@ -264,13 +263,12 @@ KINETIX_SIM_DEFAULTS = {"horizon": 8, "execution_horizon": 4, "inference_delay":
 KINETIX_SIM_ARGUMENTS = (
     Argument("level", "", "Level file of Kinetix, JSON"),
     Argument("models", "", "Folder that make kinetix made for the level; empty: runs/kinetix/<level>"),
-    Argument("episodes", 2, "Episodes to run; 0: until stopped", 0, 100_000),
+    _of(KinetixSimConfig, "episodes"),
     Argument("seed", 0, "Seed of the world's noise, the policy's and the delay's jitter", 0, 2**31 - 1),
     *(_of_planner(name, KINETIX_SIM_DEFAULTS.get(name)) for name in OF_PLANNER if name not in OF_POLICY),
-    Argument("correction", True, "Correct every action with the head; false: execute the chunks as they are"),
-    Argument("lockstep", True, "The simulation waits for every command; false: it runs on the clock"),
-    Argument("record", False, "Write all topics to a bag in the run folder"),
-    Argument("out", "", "Run folder; empty: runs/<date>-<time>"),
+    CORRECTION,
+    _of(KinetixSimConfig, "lockstep"),
+    *RUN,
 )
 
 

@@ -20,6 +20,7 @@ from a2c2_ros.launching import (
     parse_arguments,
 )
 from a2c2_ros.paths import share_directory
+from a2c2_ros.sim.parameters import KinetixSimConfig, LiberoSimConfig
 
 ROOT = share_directory()
 
@@ -88,20 +89,6 @@ def test_a_text_stays_a_text_for_ros():
     assert {'out:="/tmp/123"', "lockstep:=true", "task:=0"} <= set(monitor.ros_arguments())
 
 
-def sim_config():
-    pytest.importorskip("a2c2_ros.msg")
-    from a2c2_ros.nodes.libero_sim import SimConfig
-
-    return SimConfig()
-
-
-def kinetix_config():
-    pytest.importorskip("a2c2_ros.msg")
-    from a2c2_ros.nodes.kinetix_sim import KinetixConfig
-
-    return KinetixConfig()
-
-
 def test_a_kinetix_level_runs_with_what_was_trained_for_it(tmp_path):
     level, models = tmp_path / "lander.json", tmp_path / "models"
     given = {"level": str(level), "models": str(models), "inference_delay": "3", "correction": "false"}
@@ -126,8 +113,8 @@ def test_a_kinetix_level_runs_with_what_was_trained_for_it(tmp_path):
     [
         ("chunk_planner", PlannerConfig),
         ("correction_controller", ControllerConfig),
-        ("libero_sim", sim_config),
-        ("kinetix_sim", kinetix_config),
+        ("libero_sim", LiberoSimConfig),
+        ("kinetix_sim", KinetixSimConfig),
     ],
 )
 def test_parameter_files_list_every_parameter_with_its_default(name, make):

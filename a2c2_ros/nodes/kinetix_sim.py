@@ -1,35 +1,24 @@
 """Node ``kinetix_sim``: a Kinetix level behind the topics of a robot whose joints are the level's moving bodies."""
 
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 from sensor_msgs.msg import JointState
 
-from a2c2_ros.core.config import parameter
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.msg import EpisodeStatus
 from a2c2_ros.nodes.conversions import array_to_joint_state
 from a2c2_ros.nodes.runtime import run, sensor_qos
-from a2c2_ros.nodes.simulator import Observation, SimulatorConfig, SimulatorNode, SimulatorStep
-
-
-@dataclass(frozen=True)
-class KinetixConfig(SimulatorConfig):
-    """Parameters of ``kinetix_sim``."""
-
-    level: str = parameter("", "Level file of Kinetix, JSON", dynamic=False)
-    seed: int = parameter(0, "Seed of the noise; episode n uses seed + n", low=0, high=2**31 - 1, dynamic=False)
-    max_steps: int = parameter(256, "Step limit of an episode", low=1, high=256, dynamic=False)
-    robot: str = parameter("", "Robot profile of the level, as training.kinetix writes it", dynamic=False)
+from a2c2_ros.nodes.simulator import Observation, SimulatorNode, SimulatorStep
+from a2c2_ros.sim.parameters import KinetixSimConfig
 
 
 class KinetixSim(SimulatorNode):
     """One environment of a level; its physics is computed ahead of the first episode, which takes half a minute."""
 
     def __init__(self) -> None:
-        super().__init__("kinetix_sim", KinetixConfig())
+        super().__init__("kinetix_sim", KinetixSimConfig())
         config = self._settings.value
         from a2c2_ros.sim.kinetix_env import STEP_NS, KinetixEnv
         from a2c2_ros.sim.kinetix_level import load_level

@@ -1,73 +1,29 @@
 """Node ``libero_sim``: real LIBERO tasks behind the topics of a robot."""
 
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 from geometry_msgs.msg import PoseStamped
 from sensor_msgs.msg import Image, JointState
 
-from a2c2_ros.core.config import parameter
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.msg import EpisodeStatus
 from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state, array_to_pose
 from a2c2_ros.nodes.runtime import reliable_qos, run, sensor_qos
-from a2c2_ros.nodes.simulator import Observation, SimulatorConfig, SimulatorNode, SimulatorStep
+from a2c2_ros.nodes.simulator import Observation, SimulatorNode, SimulatorStep
 from a2c2_ros.sim import conventions
 from a2c2_ros.sim.disturbance import Disturbed
+from a2c2_ros.sim.parameters import LiberoSimConfig
 from a2c2_ros.srv import SetTask
 
 FRAME = "world"
-
-
-@dataclass(frozen=True)
-class SimConfig(SimulatorConfig):
-    """Parameters of ``libero_sim``."""
-
-    task: int = parameter(0, "LIBERO Spatial task", low=0, high=9, dynamic=False)
-    initial_state: int = parameter(
-        -1,
-        "Official initial state; -1: the episode's number in turn; -2: sampled from the episode's seed",
-        low=-2,
-        high=49,
-        dynamic=False,
-    )
-    seed: int = parameter(0, "Seed of the fixtures; episode n uses seed + n", low=0, high=2**31 - 1, dynamic=False)
-    motion: str = parameter(
-        "none",
-        "What the plate does: nothing, slide all the time (drift), or once (push)",
-        choices=conventions.MOTIONS,
-        dynamic=False,
-    )
-    suite: str = parameter(
-        conventions.SUITE,
-        "LIBERO Spatial, or LIBERO-PRO's form of it with two objects in each other's place",
-        choices=conventions.SUITES,
-        dynamic=False,
-    )
-    disturbance: float = parameter(
-        0.0, "Strength of pushes that the arm gets now and then, drawn from the seed", low=0.0, high=1.0, dynamic=False
-    )
-    expert: bool = parameter(
-        False, "Publish what the scripted expert would do as expert_action, for training", dynamic=False
-    )
-    takeover_after_steps: int = parameter(
-        -1,
-        "After so many steps of an episode the scripted expert commands by the topic takeover, as a person would; "
-        "-1: never",
-        low=-1,
-        high=100_000,
-        dynamic=False,
-    )
-    max_steps: int = parameter(conventions.MAX_STEPS, "Step limit of an episode", low=1, high=100_000, dynamic=False)
-    robot: str = parameter("libero", "Robot profile: a name in config/robots or a path", dynamic=False)
 
 
 class LiberoSim(SimulatorNode):
     """LIBERO Spatial; ``~/set_task`` chooses another task and initial state."""
 
     def __init__(self) -> None:
-        super().__init__("libero_sim", SimConfig())
+        super().__init__("libero_sim", LiberoSimConfig())
         config = self._settings.value
         profile = load_profile(config.robot)
         self._env: Disturbed | None = None

@@ -3,7 +3,6 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,34 +11,15 @@ from sensor_msgs.msg import JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-from a2c2_ros.core.config import Parameters, parameter
 from a2c2_ros.core.errors import ObservationError, SimulationError
 from a2c2_ros.drivers.profile import Profile
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import EpisodeStatus, PlannerStatus
 from a2c2_ros.nodes.conversions import joint_state_to_array, to_ns, to_time
 from a2c2_ros.nodes.runtime import NodeParameters, PlainNode, latched_qos, reliable_qos
+from a2c2_ros.sim.parameters import SimulatorConfig
 
 Observation = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class SimulatorConfig(Parameters):
-    """Parameters of every simulator."""
-
-    episodes: int = parameter(2, "Episodes to run; 0: until stopped", low=0, high=100_000, dynamic=False)
-    lockstep: bool = parameter(True, "Wait for the command of every step; else step on the clock", dynamic=False)
-    lockstep_timeout_s: float = parameter(5.0, "Longest wait for a command in lockstep [s]", low=0.1, high=600.0)
-    start_timeout_s: float = parameter(
-        120.0, "Longest wait for planner and controller at the start [s]", low=1.0, high=3600.0
-    )
-    episode_gap_s: float = parameter(
-        5.0,
-        "Pause between episodes on the ROS clock [s]; longer than a chunk, so that none outlives its episode",
-        low=0.0,
-        high=600.0,
-        dynamic=False,
-    )
 
 
 class SimulatorStep(NamedTuple):
