@@ -26,7 +26,7 @@ from a2c2_ros.nodes.conversions import (
     to_time,
 )
 from a2c2_ros.paths import robot_profile, share_directory
-from a2c2_ros.training.from_bag import streams_of
+from a2c2_ros.training.recorded_run import streams_of
 
 STEP_NS = 50_000_000
 T0 = 1_700_000_000_000_000_000

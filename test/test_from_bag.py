@@ -16,10 +16,11 @@ from a2c2_ros.core.safety import State
 from a2c2_ros.heads.base import manifest_of
 from a2c2_ros.heads.export import to_onnx
 from a2c2_ros.heads.onnx_head import save_graph
-from a2c2_ros.training import from_bag
+from a2c2_ros.training import from_bag, recorded_run
 from a2c2_ros.training.dataset import load_demonstrations
-from a2c2_ros.training.from_bag import Recording, build, check_same, compare, convert, summary
+from a2c2_ros.training.from_bag import build, check_same, compare, convert, summary
 from a2c2_ros.training.joining import load_base
+from a2c2_ros.training.recorded_run import Recording
 
 
 @pytest.fixture(scope="module")
@@ -228,16 +229,16 @@ def test_bags_that_do_not_go_together_are_refused(run, head, profile, tmp_path, 
         recordings.append(Recording(tmp_path / "bag", tmp_path))
     else:
         recordings.append(Recording(path, tmp_path))
-        recordings[1].profile = from_bag.load_profile(str(other))
+        recordings[1].profile = recorded_run.load_profile(str(other))
     with pytest.raises(ConfigError, match=f"{differs}: "):
         check_same(recordings)
 
 
 def test_other_message_definitions_are_refused(run, tmp_path, monkeypatch):
     path, _, _ = run
-    types = from_bag.read_types(path)
+    types = recorded_run.read_types(path)
     old = types["a2c2_ros/msg/ControlStep"].replace("uint32 configuration", "uint32 other")
-    monkeypatch.setattr(from_bag, "read_types", lambda path: types | {"a2c2_ros/msg/ControlStep": old})
+    monkeypatch.setattr(recorded_run, "read_types", lambda path: types | {"a2c2_ros/msg/ControlStep": old})
     with pytest.raises(ConfigError, match="ControlStep was recorded with another definition"):
         Recording(path, tmp_path)
 
