@@ -20,9 +20,9 @@ from rclpy.task import Future
 from sensor_msgs.msg import CompressedImage, Image
 
 from a2c2_ros.core.errors import ConfigError, ObservationError
-from a2c2_ros.drivers import sinks
 from a2c2_ros.drivers.mapping import ChannelMap
 from a2c2_ros.drivers.profile import CameraTopic, load_profile
+from a2c2_ros.nodes import command_sinks
 from a2c2_ros.nodes.command_sinks import GRIPPER_REPEAT_NS, make_sink
 from a2c2_ros.nodes.conversions import image_to_array, to_ns, to_time
 from a2c2_ros.nodes.observation_source import ObservationSource, compressed_to_image
@@ -300,7 +300,7 @@ class ActionBench:
         goal = type("Goal", (), {"__init__": lambda self: setattr(self, "command", SimpleNamespace(**fields))})
         action = SimpleNamespace(GripperCommand=SimpleNamespace(Goal=goal))
         patch.setitem(sys.modules, "control_msgs.action", action)
-        patch.setattr(sinks, "ActionClient", Client)
+        patch.setattr(command_sinks, "ActionClient", Client)
         self.errors, self.infos, self.timers = [], [], []
         self.group, self.step = object(), 0
         self.sink = make_sink(self, with_action("gripper_command"), callback_group=self.group)
