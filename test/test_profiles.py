@@ -59,9 +59,8 @@ def load(tmp_path):
 
 
 def test_what_is_shipped():
-    assert {"libero", "bench_arm", "panda", "panda_forward", "panda_servo", "so101", "so101_servo", "ur5e", "mock"} == {
-        *SHIPPED
-    }
+    arms = {"fr3", "panda", "panda_forward", "panda_servo", "so101", "so101_servo", "ur5e"}
+    assert arms | {"libero", "bench_arm", "mock"} == {*SHIPPED}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -48,7 +48,7 @@ class Clock:
 @pytest.fixture(params=["delta", "position"])
 def robot(request):
     hold = HoldPolicy(request.param, 3, keep=(2,), keep_default=(-1.0,))
-    robot = make_robot(step=[0.05, 0.04, None], hold=hold)
+    robot = dataclasses.replace(make_robot(step=[0.05, 0.04, None], hold=hold), reports_ready=True)
     if request.param == "delta":
         return robot
     measured = lambda values: np.append(values["joints"], np.nan)  # noqa: E731
@@ -94,9 +94,11 @@ def run(robot, seed):
             config = dataclasses.replace(config, residual_limit=0.3, correction__on_failure="hold")
             configurations[2] = (config, Head(0.2))
             loop.configure(*configurations[2])
+        if n in (1, 540, 545):
+            loop.latch.robot_ready(n != 540)
         if n == 300:
             loop.disable()
-        if n in (330, 402, 460):
+        if n in (2, 330, 402, 460, 550):
             loop.enable()
         if n == 500:
             loop.fault("a defect")
@@ -126,6 +128,7 @@ def test_every_command_is_the_same_bit_for_bit(robot, seed):
     assert not [(r.recorded.tick, r.recorded.state, r.recorded.reason, r.lacks) for r in results if not r.same]
     assert {step.state for step in steps} == set(State)
     reasons = {Reason.HEAD_LATE, Reason.TAKEOVER_ENDED, Reason.OBSERVATION_STALE, Reason.EMERGENCY_STOP_LOST}
+    reasons |= {Reason.ROBOT_STOPPED, Reason.DISABLED}
     assert reasons <= {step.reason for step in steps}
     for result, command in zip(results, commands, strict=True):
         np.testing.assert_array_equal(result.step.command, command)

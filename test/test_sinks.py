@@ -13,6 +13,7 @@ import pytest
 
 rclpy = pytest.importorskip("rclpy")
 
+from action_msgs.msg import GoalStatus
 from rclpy.action import ActionServer
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.serialization import serialize_message
@@ -112,6 +113,22 @@ def test_joint_state(bench):
     assert tuple(message.name) == profile.robot.action_names and to_ns(message.header.stamp) == T0_NS
     np.testing.assert_array_equal(np.float32(message.position), action)
     assert not bench.received["joint_command"], "a rehearsal sends nothing"
+
+
+def test_what_nobody_subscribes_to_is_told_if_something_was_sent(bench):
+    profile = load_profile("panda_forward")
+    sink, action = make_sink(bench.robot, profile), ramp(profile)
+    topics = [profile.command.topic, profile.gripper.topic]
+    assert sink.unheard() == []
+    sink.send(action, T0_NS)
+    assert [topic.lstrip("/") for topic in sink.unheard()] == topics
+    assert sink.unheard() == [], "nothing was sent since"
+    publishers = list(bench.robot.publishers)[-2:]
+    for publisher in publishers:
+        bench.driver.create_subscription(publisher.msg_type, publisher.topic_name, lambda message: None, 1)
+    bench.spin_until(lambda: all(publisher.get_subscription_count() for publisher in publishers))
+    sink.send(action, T0_NS)
+    assert sink.unheard() == []
 
 
 def test_float64_multi_array_in_the_driver_s_order_and_units(bench):
@@ -274,7 +291,7 @@ class Client:
 
     def __init__(self, node, action_type, name, *, callback_group=None):
         self.group = callback_group
-        self.up, self.goals, self.unanswered = True, [], []
+        self.up, self.goals, self.unanswered, self.running = True, [], [], []
         node.client = self
 
     def server_is_ready(self):
@@ -286,7 +303,14 @@ class Client:
         return self.unanswered[-1]
 
     def answer(self, accepted):
-        self.unanswered.pop(0).set_result(SimpleNamespace(accepted=accepted))
+        self.unanswered.pop(0).set_result(SimpleNamespace(accepted=accepted, get_result_async=self.run))
+
+    def run(self):
+        self.running.append(Future())
+        return self.running[-1]
+
+    def end(self, status):
+        self.running.pop(0).set_result(SimpleNamespace(status=status))
 
     def destroy(self):
         self.up = None
@@ -386,6 +410,20 @@ def test_a_gripper_s_goal_that_is_rejected_is_logged_once_and_asked_for_again(ac
     action.client.answer(True)
     action.command(1.0, 3 * REPEAT_STEPS)
     assert len(action.client.goals) == 6 and len(action.infos) == 1
+
+
+def test_a_gripper_s_goal_that_is_given_up_is_logged_once_and_not_repeated(action):
+    for gripper in (1.0, -1.0):
+        action.command(gripper)
+        action.client.answer(True)
+        action.client.end(GoalStatus.STATUS_ABORTED)
+        action.command(gripper, 3 * REPEAT_STEPS)
+    assert len(action.client.goals) == 2
+    assert len(action.errors) == 1 and "'panda_hand_controller/commands' gave up its goal" in action.errors[0]
+    action.command(1.0)
+    action.client.answer(True)
+    action.client.end(GoalStatus.STATUS_SUCCEEDED)
+    assert len(action.infos) == 1
 
 
 def test_the_answer_to_an_older_goal_does_not_count_for_a_newer_one(action):

@@ -73,7 +73,7 @@ class CorrectionLoop:
         self._gate = ChunkGate(config, robot)
         self._governor = Governor(robot, config.period_ns, config.halt_steps)
         enabled = config.start_state == "enabled" or (config.start_state == "auto" and robot.simulated)
-        self.latch = latch or Latch(enabled, round(config.emergency_stop_timeout_s * 1e9))
+        self.latch = latch or Latch(enabled, round(config.emergency_stop_timeout_s * 1e9), not robot.reports_ready)
         if not enabled:
             self.latch.disable()
         self._takeover = Takeover(len(robot.action_names))
@@ -158,7 +158,7 @@ class CorrectionLoop:
         """A person lets the robot move; ends STOPPED and FAULT.
 
         Raises:
-            StateError: If the emergency stop is pressed.
+            StateError: If the emergency stop is pressed, or the robot executes no commands.
         """
         self.latch.enable()
 

@@ -140,7 +140,7 @@ class LoopHealth:
             **{f"ticks for {reason.name}": str(n) for reason, n in sorted(self._reasons.items()) if reason},
         }
         text = f"{last.state.name}: {last.reason.name}" if last.reason else last.state.name
-        stops = (Reason.EMERGENCY_STOP, Reason.EMERGENCY_STOP_LOST, Reason.NOT_FOLLOWING)
+        stops = (Reason.EMERGENCY_STOP, Reason.EMERGENCY_STOP_LOST, Reason.NOT_FOLLOWING, Reason.ROBOT_STOPPED)
         if last.state == State.FAULT or last.reason in stops:
             return Status("state", Level.ERROR, text, values)
         asked_for = last.state in (State.RUNNING, State.WAITING, State.TAKEOVER) or last.state in LATCHED

@@ -177,6 +177,7 @@ def _follow_people(loop: CorrectionLoop, recorded: RecordedStep) -> None:
     """Enable, disable, stop as it happened."""
     if recorded.state not in LATCHED:
         loop.emergency_stop(False, recorded.t_tick_ns)  # where its signal is required, it was heard
+        loop.latch.robot_ready(True)
         if loop.latched:
             loop.enable()
     elif recorded.reason == Reason.EMERGENCY_STOP_LOST:
@@ -184,7 +185,10 @@ def _follow_people(loop: CorrectionLoop, recorded: RecordedStep) -> None:
     elif recorded.reason == Reason.EMERGENCY_STOP:
         loop.emergency_stop(True, recorded.t_tick_ns)
     elif recorded.reason == Reason.DISABLED:
+        loop.latch.robot_ready(True)
         loop.disable()
+    elif recorded.reason == Reason.ROBOT_STOPPED:
+        loop.latch.robot_ready(False, recorded.detail)
     elif recorded.reason == Reason.NOT_FOLLOWING:
         loop.latch.not_following(recorded.detail)
     elif recorded.state == State.FAULT:

@@ -28,6 +28,7 @@ class Robot:
     hold: HoldPolicy
     simulated: bool = False  # hardware starts disabled
     nominal_orientation_xyzw: tuple[float, ...] | None = None  # the state's rotation is relative to it; None: has none
+    reports_ready: bool = False  # it says whether it executes commands; without that it is not enabled
 
     def images(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The camera images of an observation, (height, width, 3) uint8 RGB by camera name."""

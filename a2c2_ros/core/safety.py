@@ -47,10 +47,16 @@ class Reason(IntEnum):
     OUTSIDE_LIMITS = 20  # the measured position is outside the limits by more than a step: a person must move it
     TAKEOVER_ENDED = 21  # a person has let go: no chunk has come that was observed since
     NOT_FOLLOWING = 22  # the arm is measured far from its command: blocked, stopped by itself, slower than its limits
+    ROBOT_STOPPED = 23  # the robot says that it executes no commands, or was not heard yet
 
 
 MOVING = frozenset({State.RUNNING, State.BASE_ONLY, State.TAKEOVER})
 LATCHED = frozenset({State.STOPPED, State.FAULT})
+
+
+NOT_READY = "the robot says that it executes no commands"
+NEVER_HEARD = "the robot has not said yet that it executes commands"
+READY_AGAIN = "the robot executes commands now, not enabled since"
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,13 @@ class Latch:
         enabled: State at the start.
         stop_timeout_ns: Without a signal of the emergency stop for this long the loop stops [ns]; 0: no signal is
             expected.
+        ready: False: the robot tells whether it executes commands, and has not said so yet.
     """
 
-    def __init__(self, enabled: bool, stop_timeout_ns: int = 0) -> None:
+    def __init__(self, enabled: bool, stop_timeout_ns: int = 0, ready: bool = True) -> None:
         self._verdict = None if enabled else Verdict(State.STOPPED, Reason.DISABLED, "not enabled yet")
         self._pressed = False
+        self.robot_ready(ready, "" if ready else NEVER_HEARD)
         self._stop_timeout_ns = stop_timeout_ns
         self._signal_ns: int | None = None
 
@@ -86,10 +94,12 @@ class Latch:
         """A person takes the responsibility: ends STOPPED and FAULT.
 
         Raises:
-            StateError: If the emergency stop is pressed.
+            StateError: If the emergency stop is pressed, or the robot executes no commands.
         """
         if self._pressed:
             raise StateError("the emergency stop is pressed, allowed is to enable after its release")
+        if not self._ready:
+            raise StateError(f"{self._why_not_ready}, allowed is to enable when it does")
         self._verdict = None
         self._signal_ns = None
 
@@ -104,6 +114,20 @@ class Latch:
         self._signal_ns = now_ns
         if pressed:
             self._verdict = Verdict(State.STOPPED, Reason.EMERGENCY_STOP)
+
+    def robot_ready(self, ready: bool, detail: str = "") -> None:
+        """Whether the robot says that it executes commands. That it does again does not enable.
+
+        Args:
+            ready: What it says.
+            detail: Why it counts as not ready; empty: it says so.
+        """
+        self._ready, self._why_not_ready = ready, detail or NOT_READY
+        reason = None if self._verdict is None else self._verdict.reason
+        if not ready and reason in (None, Reason.DISABLED, Reason.ROBOT_STOPPED):
+            self._verdict = Verdict(State.STOPPED, Reason.ROBOT_STOPPED, self._why_not_ready)
+        elif ready and reason == Reason.ROBOT_STOPPED:
+            self._verdict = Verdict(State.STOPPED, Reason.DISABLED, READY_AGAIN)
 
     def not_following(self, detail: str) -> None:
         """The arm is elsewhere than commanded, and a person has to see why; another stop stays what it is."""

@@ -92,6 +92,7 @@ class Profile:
     control_rate_hz: float | None = None  # rate that the profile is made for, None for any
     text: str = ""  # the YAML file
     ee_pose_frame: str = ""  # in which poses have to come, "" for any
+    ready_topic: str | None = None  # where the robot says whether it executes commands; None: it does not say
 
     @property
     def command_topic(self) -> str:
@@ -164,6 +165,7 @@ class _Builder:
         command = self._command(hold, gripper)
         self._check_kept(command, gripper, hold)
         position = hold.kind == "position"
+        ready_topic = self._topic("ready") if "ready" in entries else None
         robot = Robot(
             name=entries.text("name"),
             action_names=self._actions,
@@ -178,6 +180,7 @@ class _Builder:
             hold=hold,
             simulated=entries.flag("simulated", False),
             nominal_orientation_xyzw=self._nominal_orientation() if "ee_pose" in streams else None,
+            reports_ready=ready_topic is not None,
         )
         return Profile(
             robot=robot,
@@ -190,6 +193,7 @@ class _Builder:
             gripper=gripper,
             control_rate_hz=rate_hz,
             text=self._path.read_text(encoding="utf-8"),
+            ready_topic=ready_topic,
         )
 
     def _topic(self, *path: str) -> str:

@@ -1,10 +1,11 @@
 """Command sinks: how a command leaves for the robot; chosen by the profile, not by code.
 
 What ros2_control's joint_trajectory_controller does with a header's stamp: zero starts the trajectory when the message
-is taken, however late it is. With the tick's stamp the points lie at fixed times, points that are over are skipped, and
-a trajectory that is over is refused, so that a late command cannot move the robot; both clocks must agree to less than
-``time_from_start``. A new trajectory replaces the last one. At the end of a trajectory the robot stays there: with
-``points: chunk`` a controller that dies leaves the rest of its chunk to the driver, with ``points: one`` a single step.
+is taken, however late it is. With the tick's stamp the points lie at fixed times, points that are over are skipped
+(from ros2_controllers 6.8 on the trajectory is shifted instead), and a trajectory that is over is refused, so that a
+late command cannot move the robot; both clocks must agree to less than ``time_from_start``. A new trajectory replaces
+the last one. At the end of a trajectory the robot stays there: with ``points: chunk`` a controller that dies leaves the
+rest of its chunk to the driver, with ``points: one`` a single step.
 """
 
 import importlib
@@ -13,10 +14,12 @@ from collections import deque
 from typing import Any, Protocol
 
 import numpy as np
+from action_msgs.msg import GoalStatus
 from geometry_msgs.msg import TwistStamped
 from rclpy.action import ActionClient
 from rclpy.callback_groups import CallbackGroup
 from rclpy.node import Node
+from rclpy.publisher import Publisher
 from rclpy.serialization import serialize_message
 from rclpy.task import Future
 from sensor_msgs.msg import JointState
@@ -53,6 +56,10 @@ class Sink(Protocol):
         """Do everything but send."""
         ...
 
+    def unheard(self) -> list[str]:
+        """Topics to which nobody subscribes although commands were published there since the last call."""
+        ...
+
     def close(self) -> None:
         """Give back what was made on the node; called by the executor's thread, nothing is sent afterwards."""
         ...
@@ -84,9 +91,11 @@ class RobotSink:
         # First, because it may be refused: nothing is left behind on the node then.
         self._gripper = None if profile.gripper is None else _Gripper(node, profile.gripper, callback_group)
         self._publisher = node.create_publisher(self._message.message_type, command.topic, reliable_qos(1))
+        self._sent = False
 
     def send(self, command: np.ndarray, stamp_ns: int, rest: np.ndarray | None = None) -> None:
         """See :class:`Sink`."""
+        self._sent = True
         self._publisher.publish(self._filled(command, stamp_ns, rest))
         if self._gripper is not None:
             self._gripper.send(command, stamp_ns)
@@ -94,6 +103,14 @@ class RobotSink:
     def rehearse(self, command: np.ndarray, stamp_ns: int) -> None:
         """See :class:`Sink`."""
         serialize_message(self._filled(command, stamp_ns, None))
+
+    def unheard(self) -> list[str]:
+        """See :class:`Sink`."""
+        publishers = [self._publisher]
+        if self._gripper is not None:
+            publishers += self._gripper.publishers
+        sent, self._sent = self._sent, False
+        return [publisher.topic_name for publisher in publishers if sent and not publisher.get_subscription_count()]
 
     def close(self) -> None:
         """See :class:`Sink`."""
@@ -222,6 +239,11 @@ class _Gripper:
             self._sent, self._sent_ns = value, stamp_ns
             self._driver.send(value, stamp_ns)
 
+    @property
+    def publishers(self) -> list[Publisher]:
+        """Of its topic; none if it has an action."""
+        return self._driver.publishers
+
     def close(self) -> None:
         self._driver.close()
 
@@ -233,6 +255,7 @@ class _GripperTopic:
         self._node = node
         self._message = MESSAGES[spec.kind](spec)
         self._publisher = node.create_publisher(self._message.message_type, spec.topic, reliable_qos(1))
+        self.publishers = [self._publisher]
 
     def send(self, value: float, stamp_ns: int) -> None:
         self._publisher.publish(self._message.filled(np.array([value]), stamp_ns, None))
@@ -259,6 +282,7 @@ class _GripperAction:
         self._node = node
         self._spec = spec
         self._log = EdgeLog(node)
+        self.publishers = []  # that there is no server is told when a goal cannot be sent
         self.repeats = True  # until the goal that was wanted last is accepted; only the executor's thread writes it
         self._answer: Future | None = None  # to that goal
         self._client = ActionClient(node, self._type, spec.topic, callback_group=callback_group)
@@ -297,7 +321,16 @@ class _GripperAction:
         accepted = answer.result().accepted
         if accepted:
             self._log.fine("gripper")
+            answer.result().get_result_async().add_done_callback(self._on_result)
         else:
             self._log.problem("gripper", f"gripper: {self._spec.topic!r} did not accept its goal")
         if answer is self._answer:
             self.repeats = not accepted
+
+    def _on_result(self, result: Future) -> None:
+        # Nothing is repeated: what closes on an object would do so again and again.
+        if result.result().status == GoalStatus.STATUS_ABORTED:
+            hint = "usual where it closes on an object, else see its driver: was it homed?"
+            self._log.problem("gripper goal", f"gripper: {self._spec.topic!r} gave up its goal ({hint})")
+        else:
+            self._log.fine("gripper goal")

@@ -20,6 +20,7 @@ from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import ClockType
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.subscription import Subscription
 from rclpy.task import Future
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool, Header
@@ -30,7 +31,7 @@ from a2c2_ros.core.controller import ControlStep, CorrectionLoop
 from a2c2_ros.core.errors import ChunkError, ObservationError, StateError
 from a2c2_ros.core.health import LoopHealth
 from a2c2_ros.core.observation import Observation
-from a2c2_ros.core.safety import MOVING, Latch, Reason, State, Verdict
+from a2c2_ros.core.safety import MOVING, NEVER_HEARD, Latch, Reason, State, Verdict
 from a2c2_ros.core.timing import StepTiming, Tick, TickGrid
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.heads.onnx_head import OnnxHead
@@ -104,6 +105,9 @@ class CorrectionController(ManagedNode):
         self._sink: Sink | None = None
         self._step_publisher = None
         self._pressed: dict[ReliabilityPolicy, bool] = {}  # the emergency stop, as each subscription last heard it
+        self._ready_topic: str | None = None
+        self._said_ready: dict[ReliabilityPolicy, bool] = {}  # whether the robot executes commands, as each heard it
+        self._ready_subscriptions: list[Subscription] = []
         self._source: ObservationSource | None = None
         self._thread: TickThread | None = None
         self._timer = None
@@ -131,12 +135,15 @@ class CorrectionController(ManagedNode):
         self._head = self._load_head(config)
         self._loop = CorrectionLoop(config, self._profile.robot, self._head, latch=self._latch)
         self._latch = self._loop.latch
+        self._listen_to_robot(self._profile.ready_topic)
         robot = self._profile.robot
         nothing = np.full(len(robot.action_names), np.inf)
         self._rehearsal = CorrectionLoop(
             dataclasses.replace(config, correction__enabled=False, start_state="enabled"),
             # No arm follows what is not sent.
-            dataclasses.replace(robot, limits=dataclasses.replace(robot.limits, following=nothing)),
+            dataclasses.replace(
+                robot, limits=dataclasses.replace(robot.limits, following=nothing), reports_ready=False
+            ),
         )
         self._stream_names = tuple(self._profile.robot.streams)
         # The file may have been edited since the last configuration: loop and sink are of one and the same profile.
@@ -170,6 +177,29 @@ class CorrectionController(ManagedNode):
         )
         self._replan_publisher = self.create_publisher(Header, "replan", latched_qos(1))
         self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
+
+    def _listen_to_robot(self, topic: str | None) -> None:
+        """Hear whether the robot executes commands, in every state from now on."""
+        if topic == self._ready_topic:
+            return
+        for subscription in self._ready_subscriptions:
+            self.destroy_subscription(subscription)
+        self._ready_topic, self._said_ready, self._ready_subscriptions = topic, {}, []
+        self._post(partial(self._latch.robot_ready, topic is None, NEVER_HEARD))
+        if topic is None:
+            return
+        # Drivers say it once and keep it for late joiners, or again and again and not reliably.
+        for qos in (latched_qos(1), QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)):
+            self._ready_subscriptions.append(
+                self.create_subscription(
+                    Bool,
+                    topic,
+                    partial(self._on_ready, heard_by=qos.reliability),
+                    qos,
+                    callback_group=self._inputs,
+                    event_callbacks=SubscriptionEventCallbacks(incompatible_qos=lambda event: None),  # the other hears
+                )
+            )
 
     def activate(self) -> None:
         config = self._settings.value
@@ -446,6 +476,10 @@ class CorrectionController(ManagedNode):
             "emergency_stop has a best-effort publisher: it is heard, but messages may be lost; reliable is safer"
         )
 
+    def _on_ready(self, message: Bool, heard_by: ReliabilityPolicy) -> None:
+        self._said_ready[heard_by] = message.data  # as of the emergency stop: both copies have to say so
+        self._post(partial(self._latch.robot_ready, all(self._said_ready.values())))
+
     def _on_takeover(self, message: JointState) -> None:
         try:
             command = joint_state_to_array(message, self._profile.robot.action_names)
@@ -506,6 +540,11 @@ class CorrectionController(ManagedNode):
             self._reported_s = now_s
 
     def _publish_diagnostics(self, interval_s: float) -> None:
+        if unheard := self._sink.unheard():
+            hint = "is the driver's controller loaded, is the name right?"
+            self._log.problem("subscriber", f"nobody subscribes to {' and '.join(unheard)}: {hint}")
+        else:
+            self._log.fine("subscriber")
         statuses = self._health.report(
             self._settings.value,
             interval_s,

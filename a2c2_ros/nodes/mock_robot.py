@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import String
+from std_msgs.msg import Bool, String
 from trajectory_msgs.msg import JointTrajectory
 
 from a2c2_ros.core.config import FUTURE_TOLERANCE_S, ControllerConfig, Parameters, parameter
@@ -87,6 +87,8 @@ class MockRobot(PlainNode):
         if profile.gripper is not None:
             self._take(profile.gripper)
         self.create_timer(1.0 / config.sensor_rate_hz, self._on_time, clock=self.system_clock)
+        if profile.ready_topic is not None:
+            self.create_publisher(Bool, profile.ready_topic, latched_qos(1)).publish(Bool(data=True))
         self._worker = None
         if profile.cameras:
             self._cameras: Cameras | None = None
