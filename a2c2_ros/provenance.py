@@ -38,7 +38,9 @@ def machine() -> dict[str, object]:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
-    return {"system": platform.platform(), "processor": model, "processors": os.cpu_count()}
+    # The kernel's version without its builder's suffix.
+    system = f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
+    return {"system": system, "processor": model, "processors": os.cpu_count()}
 
 
 def versions() -> dict[str, str]:

@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("rclpy")
 
-from a2c2_ros.msg import ControlStep, EpisodeStatus
+from a2c2_ros.msg import ControlStep, EpisodeStatus, PlannerTiming
 from std_msgs.msg import String
 
 from a2c2_ros.core.safety import Reason
 from a2c2_ros.nodes.conversions import to_ns
-from a2c2_ros.nodes.runtime import latched_qos
+from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
 
 
 def operate(bench, *words, namespace="", timeout_s=30.0):
@@ -68,6 +68,25 @@ def test_a_person_tells_the_robot_what_to_do(bench):
     assert operate(bench, "instruct", "open the drawer") == (0, "")
     assert operate(bench, "instruct", "close it") == (0, "")
     assert said == ["open the drawer", "close it"]
+
+
+def test_a_person_is_told_how_slow_the_policy_is(bench):
+    publisher = bench.node.create_publisher(PlannerTiming, "planner_timing", reliable_qos(10))
+    timing = {"delay_s": 0.55, "delay_steps": 11, "horizon": 50, "execution_horizon": 40}
+
+    def told(**values):
+        timer = bench.node.create_timer(0.05, lambda: publisher.publish(PlannerTiming(**timing | values)))
+        code, text = operate(bench, "delay")
+        bench.node.destroy_timer(timer)
+        assert code == 0
+        return text
+
+    assert "not measured yet" in told(effective_delay_steps=-1)
+    fits = {"execution_horizon_min": 12, "execution_horizon_max": 38}
+    assert told(effective_delay_steps=12, window_chunks=7, **fits) == (
+        "this chunk: 0.550 s, d=11 of H=50\nd=12 (95% of 7 chunks): e from 12 to 38 fits; execution_horizon is 40\n"
+    )
+    assert "no e fits" in told(effective_delay_steps=30, window_chunks=7)
 
 
 def test_nobody_there_is_said_with_the_domain(bench):

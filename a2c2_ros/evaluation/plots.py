@@ -1,4 +1,4 @@
-"""Success against delay and against horizon, as in the paper's Figure 6."""
+"""Success against delay and against execution horizon, as in the paper's Figure 6."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

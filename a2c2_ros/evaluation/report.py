@@ -531,7 +531,7 @@ def plots_section(results: Results) -> str:
         if panels:
             path = page.with_name(f"{page.stem}_{variant}.png")
             plot(path, panels)
-            links.append(f"![Success against delay and horizon, {variant}]({path.name})")
+            links.append(f"![Success against delay and execution horizon, {variant}]({path.name})")
     return "\n\n".join(links) or f"{NOT_RUN}."
 
 

@@ -23,7 +23,7 @@ from std_srvs.srv import SetBool
 
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.core.safety import Reason, State
-from a2c2_ros.msg import ControlStep, EpisodeStatus
+from a2c2_ros.msg import ControlStep, EpisodeStatus, PlannerTiming
 from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
 
 CONTROLLER = "correction_controller"
@@ -82,6 +82,19 @@ class Operator:
         reason = "" if step.reason == Reason.NONE else f" {Reason(step.reason).name}"
         ages = ", ".join(f"{n} {age:.3f} s" for n, age in zip(step.stream_names, step.stream_ages_s, strict=True))
         return f"{State(step.state).name}{reason} {step.detail}".rstrip() + f"\nages: {ages}"
+
+    def delay(self) -> str:
+        """How slow the policy is and which e fit, of the next chunk."""
+        future = Future()
+        received = self._node.create_subscription(PlannerTiming, "planner_timing", future.set_result, reliable_qos(10))
+        timing = self._wait(future, f"{received.topic_name}: no chunk")
+        text = f"this chunk: {timing.delay_s:.3f} s, d={timing.delay_steps} of H={timing.horizon}"
+        if timing.effective_delay_steps < 0:
+            return f"{text}\nd and e: not measured yet, the first chunk after a pause does not count"
+        least, most = timing.execution_horizon_min, timing.execution_horizon_max
+        fits = f"e from {least} to {most} fits" if most else "no e fits: make the policy faster or its chunks longer"
+        text += f"\nd={timing.effective_delay_steps} (95% of {timing.window_chunks} chunks): {fits}"
+        return f"{text}; execution_horizon is {timing.execution_horizon}"
 
     def episode(self, phase: int, instruction: str) -> None:
         """Say on the topic ``episode`` that one begins or how it ended, for recorder and monitor.
@@ -166,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("enable", help="the controller may move the robot")
     commands.add_parser("disable", help="the controller stops; no substitute for an emergency stop")
     commands.add_parser("state", help="what the controller does, why, and how old its data are")
+    commands.add_parser("delay", help="how slow the policy is (d), and which execution horizons fit")
     instruct = commands.add_parser("instruct", help="tell the planner what the robot is to do")
     instruct.add_argument("instruction", help="for example 'reach the upper left corner'")
     episode = commands.add_parser("episode", help="say that an episode begins or how it ended, for a recorded bag")
@@ -193,8 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 operator.episode(PHASES[args.phase], args.instruction)
             elif args.command == "instruct":
                 operator.instruct(args.instruction)
-            elif args.command == "state":
-                print(operator.state())
+            elif args.command in ("state", "delay"):
+                print(operator.state() if args.command == "state" else operator.delay())
             elif args.command == "get":
                 for name, value in operator.get(args.node, args.words).items():
                     print(f"{name}: {value}")

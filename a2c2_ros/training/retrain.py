@@ -160,7 +160,7 @@ def commands(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[Step]:
         folder, head = round_folder(args, number), head_folder(args, number)
         bags = [run_folder(args, number, task) / "bag" for task in conventions.parse_tasks(args.tasks)]
         data = [*data, folder / "data"]
-        recording = (*argv, "--only", "record", "--internal-round", number)
+        recording = (*(word for word in argv if word != "--list"), "--only", "record", "--internal-round", number)
         yield step(f"record_{number}", "training.retrain", folder / "recorded.json", *recording)
         info = folder / "data" / "meta" / "info.json"
         yield step(f"convert_{number}", "training.from_bag", info, *bags, out=folder / "data", label="expert")
