@@ -27,12 +27,13 @@ if behaviour == "parent":
     (folder / f"{name}.child").write_text(str(child.pid))
 (folder / f"{name}.ready").touch()
 if behaviour.startswith("exit"):
-    while len(list(folder.glob("*.ready"))) < int(sys.argv[4]):
+    _, code, *awaited = behaviour.split()
+    while len(list(folder.glob("*.ready"))) < int(sys.argv[4]) or not all((folder / file).exists() for file in awaited):
         time.sleep(0.01)
-    sys.exit(int(behaviour.split()[1]))
+    sys.exit(int(code))
 time.sleep(60)
 """
-FAST = ((0.0, signal.SIGINT), (0.5, signal.SIGTERM), (1.0, signal.SIGKILL))
+PATIENT = ((0.0, signal.SIGINT), (60.0, signal.SIGTERM), (120.0, signal.SIGKILL))
 
 
 def commands(folder, **behaviours):
@@ -42,8 +43,8 @@ def commands(folder, **behaviours):
     }
 
 
-def supervise(folder, **behaviours):
-    return bringup.Supervisor(FAST).run(commands(folder, **behaviours), "monitor", os.environ)
+def supervise(folder, escalation=PATIENT, **behaviours):
+    return bringup.Supervisor(escalation).run(commands(folder, **behaviours), "monitor", os.environ)
 
 
 def test_the_end_of_one_ends_all(tmp_path):
@@ -51,12 +52,12 @@ def test_the_end_of_one_ends_all(tmp_path):
     assert {p.stem for p in tmp_path.glob("*.interrupted")} == {"sim", "planner"}
 
 
-def test_a_clean_end_of_another_node_does_not_end_the_run(tmp_path):
-    started_s = time.monotonic()
-    run = commands(tmp_path, sim="exit 0", planner="run")
-    run["monitor"] = [sys.executable, "-S", "-c", "import time; time.sleep(1)"]
-    assert bringup.Supervisor(FAST).run(run, "monitor", os.environ) == 0
-    assert time.monotonic() - started_s >= 1
+def test_a_clean_end_of_another_node_does_not_end_the_run(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(bringup, "_say", lambda text: said.append(text) or (tmp_path / "said").touch())
+    assert supervise(tmp_path, sim="exit 0", planner="run", monitor="exit 0 said") == 0
+    assert said == ["sim ended"]
+    assert {p.stem for p in tmp_path.glob("*.interrupted")} == {"planner"}
 
 
 @pytest.mark.parametrize("behaviours", [{"sim": "exit 3", "monitor": "run"}, {"sim": "run", "monitor": "exit 1"}])
@@ -67,12 +68,14 @@ def test_a_failure_ends_all_and_is_reported(tmp_path, behaviours, capfd):
 
 
 def test_a_node_that_ignores_the_interrupt_is_terminated(tmp_path, capfd):
-    assert supervise(tmp_path, planner="stubborn", monitor="exit 0") == 0
+    soon = ((0.0, signal.SIGINT), (0.2, signal.SIGTERM), (60.0, signal.SIGKILL))
+    assert supervise(tmp_path, soon, planner="stubborn", monitor="exit 0") == 0
     assert "SIGTERM" in capfd.readouterr().err
 
 
 def test_a_node_that_ignores_everything_is_killed_and_counts_as_failed(tmp_path, capfd):
-    assert supervise(tmp_path, planner="stubborn to the end", monitor="exit 0") == 1
+    soon = ((0.0, signal.SIGINT), (0.2, signal.SIGTERM), (0.4, signal.SIGKILL))
+    assert supervise(tmp_path, soon, planner="stubborn to the end", monitor="exit 0") == 1
     assert "SIGKILL" in capfd.readouterr().err
 
 

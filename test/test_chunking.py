@@ -58,7 +58,7 @@ class NumberingPolicy:
 
     def __init__(self, horizon):
         self.horizon = horizon
-        self.observed, self.images, self.continuations = [], [], []
+        self.observed, self.images, self.continuations, self.seeds = [], [], [], []
 
     def predict(self, observation, instruction, *, seed, continuation=None):
         actions = np.zeros((self.horizon, len(NAMES)), np.float32)
@@ -67,6 +67,7 @@ class NumberingPolicy:
         self.observed.append(int(observation["state"][0]))
         self.images.append(int(observation["camera"].max()))
         self.continuations.append(continuation)
+        self.seeds.append(seed)
         return PolicyOutput(actions, np.zeros(1, np.float32), np.zeros(1, np.float32))
 
 
@@ -350,6 +351,17 @@ def test_after_a_new_instruction_only_what_will_be_executed_is_known():
     assert np.array_equal(request.known, make_chunk(T0).actions[1:4])
     schedule.release(make_chunk(T0 + STEP_NS, chunk_id=2), T0 + 4 * STEP_NS)
     assert len(schedule.next_request(T0 + 5 * STEP_NS).known) == 4
+
+
+def test_every_chunk_has_noise_of_its_own_which_the_seed_of_the_run_repeats():
+    def seeds(seed):
+        config = PlannerConfig(horizon=8, execution_horizon=4, inference_delay=2, seed=seed)
+        return roll_out(config, watched=False)[1].seeds
+
+    first, other = seeds(0), seeds(1)
+    assert len(first) == len(other) == 15
+    assert len({*first, *other}) == 30
+    assert seeds(0) == first and seeds(1) == other
 
 
 def test_continuation_refuses_a_delay_that_it_has_no_actions_for():

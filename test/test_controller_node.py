@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from rclpy.parameter_client import AsyncParameterClient
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from ros_bench import ros
-from sensor_msgs.msg import JointState
+from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Bool, Float64MultiArray, Header
 from std_srvs.srv import SetBool
 
@@ -33,10 +34,10 @@ from a2c2_ros.core.safety import Reason, State
 from a2c2_ros.core.timing import Tick
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.nodes import correction_controller
-from a2c2_ros.nodes.conversions import array_to_joint_state, array_to_pose, chunk_to_message, to_ns
+from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state, array_to_pose, chunk_to_message, to_ns
 from a2c2_ros.nodes.correction_controller import CorrectionController
 from a2c2_ros.nodes.observation_source import ObservationSource
-from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, latched_qos, reliable_qos
+from a2c2_ros.nodes.runtime import EdgeLog, ManagedNode, latched_qos, reliable_qos, sensor_qos
 from a2c2_ros.paths import model_path, robot_profile
 
 WAIT_S = 30.0
@@ -218,8 +219,30 @@ def test_a_stop_is_not_lost_when_the_loop_answers_late(way, monkeypatch):
         ticks = node._loop.ticks
         wait_for(lambda: node._loop.ticks > ticks + 3)
         assert node._loop.latched, "what was told not to have happened must not happen later"
-        slow = node._ask(lambda: time.sleep(0.5) or "done", keep=False)
-        assert slow == "done", "what has begun in time is told as it ends"
+
+
+def test_what_the_loop_has_begun_in_time_is_told_as_it_ends(monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Impatient(Future):
+        """Its time is over as soon as the loop has begun."""
+
+        def result(self, timeout=None):
+            if timeout is not None:
+                assert begun.wait(WAIT_S)
+                raise TimeoutError
+            may_end.set()
+            return super().result(WAIT_S)
+
+    def slow():
+        begun.set()
+        assert may_end.wait(WAIT_S)
+        return "done"
+
+    monkeypatch.setattr(correction_controller, "ConcurrentFuture", Impatient)
+    with controller() as node:
+        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+        assert node._ask(slow, keep=False) == "done"
 
 
 # --- profiles --------------------------------------------------------------------------------------------------------
@@ -588,23 +611,116 @@ def test_a_defect_in_a_transition_is_logged(broken, result, capfd):
     assert calls == (["cleanup"] if broken == "configure" else [])
 
 
-def test_time_in_which_the_node_was_not_active_is_no_missed_tick():
-    with controller(use_sim_time=True) as node:
-        published = queue.Queue()
-        node._step_publisher = SimpleNamespace(publish=published.put)
-        clock = node.get_clock()
+CLOCK_START_NS = 5_000_000_000
+ON_A_CLOCK = {"use_sim_time": True, "clock_timeout_s": 60.0}  # which may stand for as long as the test needs
 
-        def missed_at(step):
-            ns = 5_000_000_000 + step * PERIOD_NS
-            clock.set_ros_time_override(Time(nanoseconds=ns, clock_type=clock.clock_type))
-            return published.get(timeout=WAIT_S).missed_ticks
+
+def clocked(node):
+    """Sets the time of a node to control periods and more [ns], and what it publishes of its next step."""
+    published, clock = queue.Queue(), node.get_clock()
+    node._step_publisher = SimpleNamespace(publish=published.put)
+
+    def set_time(periods, more_ns=0):
+        ns = CLOCK_START_NS + periods * PERIOD_NS + more_ns
+        clock.set_ros_time_override(Time(nanoseconds=ns, clock_type=clock.clock_type))
+
+    return set_time, lambda: published.get(timeout=WAIT_S)
+
+
+def test_time_in_which_the_node_was_not_active_is_no_missed_tick():
+    with controller(**ON_A_CLOCK) as node:
+        set_time, next_step = clocked(node)
+
+        def missed_at(periods):
+            set_time(periods)
+            return next_step().missed_ticks
 
         assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
         assert [missed_at(0), missed_at(1), missed_at(3)] == [0, 0, 1]
         assert node.trigger_deactivate() == TransitionCallbackReturn.SUCCESS
-        clock.set_ros_time_override(Time(nanoseconds=5_500_000_000, clock_type=clock.clock_type))
+        set_time(10)
         assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
-        assert [published.get(timeout=WAIT_S).missed_ticks, missed_at(11)] == [0, 0]
+        first = next_step()
+        assert [first.missed_ticks, first.period_error_s, missed_at(11)] == [0, 0.0, 0]
+
+
+def test_the_error_of_a_period_is_what_is_left_of_the_time_since_the_last_tick():
+    with controller(**ON_A_CLOCK) as node:
+        set_time, next_step = clocked(node)
+        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+        steps = []
+        for periods, late_ns in ((0, 0), (1, 0), (3, 2_000_000), (4, 0)):
+            set_time(periods, late_ns)
+            steps.append(next_step())
+        assert [step.missed_ticks for step in steps] == [0, 0, 1, 0]
+        assert [step.period_error_s for step in steps] == [0.0, 0.0, 0.002, -0.002]
+
+
+# --- what is done beside a tick --------------------------------------------------------------------------------------
+
+
+class PreparingHead:
+    """Keeps what it was given."""
+
+    path = sha256 = ""
+
+    def __init__(self, manifest):
+        self.manifest, self.prepared, self.inputs = manifest, [], []
+
+    def warm_up(self):
+        pass
+
+    def prepare(self, camera, image, language):
+        self.prepared.append((camera, image, language))
+
+    def correct(self, inputs):
+        self.inputs.append(inputs)
+        return np.zeros(len(self.manifest.action_names), np.float32)
+
+
+def test_the_images_of_a_correction_were_prepared_before_with_the_language_of_its_chunk(monkeypatch, manifest):
+    head = PreparingHead(manifest)
+    monkeypatch.setattr(correction_controller, "OnnxHead", lambda *_, **__: head)
+    libero = {"robot": "libero", "correction__enabled": True, "rearm_after_s": 0.0}
+    libero |= {"correction__model_path": "compact_libero_spatial/head.onnx"}
+    with controller(**libero, **ON_A_CLOCK) as node, peer_of(node) as (peer, until):
+        qos = sensor_qos(lockstep=False)
+        cameras = {name: peer.create_publisher(Image, f"{name}/image", qos) for name in manifest.cameras}
+        joints = peer.create_publisher(JointState, "joint_states", qos)
+        pose = peer.create_publisher(PoseStamped, "ee_pose", qos)
+        set_time, next_step = clocked(node)
+        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+        chunk = ActionChunk(
+            chunk_id=1,
+            t_obs_ns=CLOCK_START_NS,
+            step_ns=PERIOD_NS,
+            actions=np.zeros((manifest.horizon, len(manifest.action_names)), np.float32),
+            action_names=manifest.action_names,
+            latent=np.zeros(manifest.latent_size, np.float32),
+            language=np.arange(manifest.language_size, dtype=np.float32),
+            policy_id=manifest.policy_id,
+            planner_id="planner",
+        )
+        node._on_chunk(chunk_to_message(chunk, ""))
+        set_time(0)
+        assert next_step().reason == Reason.OBSERVATION_MISSING
+
+        def observed():
+            now_ns = node.get_clock().now().nanoseconds
+            for name, publisher in cameras.items():
+                publisher.publish(array_to_image(np.zeros(manifest.cameras[name], np.uint8), now_ns, name))
+            joints.publish(array_to_joint_state(np.zeros(9), node._profile.joint_names, now_ns))
+            pose.publish(array_to_pose(np.array([0, 0, 1.0, 1, 0, 0, 0]), now_ns, "world"))
+            return len(node._source.snapshot().values) == len(node._profile.robot.streams)
+
+        until(observed)
+        set_time(1)
+        assert next_step().chunk_id == 1
+    (inputs,) = head.inputs
+    for camera in manifest.cameras:
+        (language,) = [told for name, image, told in head.prepared if image is inputs.images[camera] and name == camera]
+        np.testing.assert_array_equal(language, chunk.language)
+    np.testing.assert_array_equal(inputs.language, chunk.language)
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The description of a system: arguments, parameters, and that the launch file starts the same."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -67,6 +68,27 @@ def test_arguments_reach_the_nodes_that_they_are_for():
     assert all(nodes[name]["use_sim_time"] is False for name in nodes if name != "libero_sim")
     assert nodes["episode_monitor"]["out"] == str(Path("somewhere").resolve()) == str(run.out)
     assert set(nodes["episode_monitor"]) >= {a.name for a in LIBERO_SIM_ARGUMENTS}
+
+
+def another_text(argument):
+    """A value of an argument that is not its default."""
+    texts = argument.choices or [str(type(argument.default)(limit)) for limit in (argument.low, argument.high)]
+    return next(text for text in texts if text != argument.default_text)
+
+
+def test_every_argument_that_is_a_parameter_of_the_simulator_reaches_it():
+    fields = {field.name for field in dataclasses.fields(LiberoSimConfig)}
+    shared = [argument for argument in LIBERO_SIM_ARGUMENTS if argument.name in fields]
+    assert {"task", "motion", "takeover_after_steps"} < {argument.name for argument in shared}
+    given = {argument.name: another_text(argument) for argument in shared}
+    simulator = system(**given).processes[0]
+    assert simulator.name == "libero_sim"
+    assert simulator.parameters == {argument.name: argument.parse(given[argument.name]) for argument in shared}
+
+
+def test_a_head_runs_where_it_is_told_to():
+    nodes = {process.name: process.parameters for process in system(head_device="cuda").processes}
+    assert nodes["correction_controller"]["correction.device"] == "cuda"
 
 
 def test_a_head_replaces_that_of_the_parameter_file():

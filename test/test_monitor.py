@@ -1,5 +1,6 @@
 """What a person gets of a run: the summary's keys and numbers, the pictures and the video."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -111,8 +112,8 @@ def say(monitor, phase, seconds, **values):
     monitor._on_episode(message)
 
 
-def step(monitor, seconds):
-    message = ControlStep(base_action=[0.0] * 7, command=[0.0] * 7)
+def step(monitor, seconds, **values):
+    message = ControlStep(base_action=[0.0] * 7, command=[0.0] * 7, **values)
     message.header.stamp = to_time(round(seconds * 1e9))
     monitor._on_step(message)
 
@@ -138,3 +139,28 @@ def test_every_episode_of_a_person_has_a_row_and_a_film(monitor, tmp_path):
     for number in (1, 2):
         with av.open(str(tmp_path / f"episode{number:03d}_task0.mp4")) as film:
             assert film.streams.video[0].average_rate == 50, "it plays as fast as the robot was"
+
+
+def test_an_aborted_episode_neither_counts_nor_ends_the_run(monitor, tmp_path):
+    episodes = [(10, EpisodeStatus.ABORTED), (20, EpisodeStatus.FAILED), (30, EpisodeStatus.SUCCEEDED)]
+    for begin_s, phase in episodes:
+        say(monitor, EpisodeStatus.STARTED, begin_s)
+        step(monitor, begin_s + 1)
+        last = phase == EpisodeStatus.SUCCEEDED
+        with pytest.raises(SystemExit) if last else contextlib.nullcontext():
+            say(monitor, phase, begin_s + 2, steps=1, episodes=2)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["result"] for row in summary["per_episode"]] == ["aborted", "failure", "success"]
+    assert (summary["episodes"], summary["successes"]) == (2, 1)
+
+
+def test_the_first_chunk_of_no_episode_has_a_delay(monitor, tmp_path):
+    """It is waited for."""
+    for begin_s, delays in ((10, (9, 2)), (20, (7,)), (30, (8, 4))):
+        say(monitor, EpisodeStatus.STARTED, begin_s)
+        for n, delay in enumerate(delays, start=1):
+            step(monitor, begin_s + n, chunk_stamp=to_time((begin_s + n) * 10**9), chunk_delay_steps=float(delay))
+        say(monitor, EpisodeStatus.SUCCEEDED, begin_s + 5, steps=len(delays))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["chunk_delay_steps_p50"] == 3.0
+    assert [row["chunk_delay_steps_p50"] for row in summary["per_episode"]] == [2.0, None, 4.0]

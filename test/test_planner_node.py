@@ -71,13 +71,13 @@ class Bench:
     def _begin(self, policy):
         assert policy.begun.acquire(timeout=WAIT_S)
 
-    def observe(self, step, only=None, at_ns=None):
-        """A sample of every stream at a step, which arrives at once or at a time of the planner's clock."""
+    def observe(self, step, only=None, at_ns=None, lags_ns=None):
+        """A sample of every stream at a step, or so long before; it arrives at once or at a time of the planner."""
         stamp_ns = T0_NS + step * STEP_NS
         self.now_ns = stamp_ns if at_ns is None else at_ns
         streams = {n: s for n, s in PROFILE.robot.streams.items() if only is None or n in only}
         values = {name: np.zeros(spec.shape, spec.dtype) for name, spec in streams.items()}
-        self.observation = Observation(values, dict.fromkeys(streams, stamp_ns))
+        self.observation = Observation(values, {name: stamp_ns - (lags_ns or {}).get(name, 0) for name in streams})
         self.node._on_sample()
 
     def say(self, text):
@@ -133,6 +133,17 @@ def test_instructions_that_follow_each_other_do_not_pile_up_inferences(bench):
     (chunk,) = bench.chunks
     assert chunk.instruction == "fourth"
     assert to_ns(chunk.header.stamp) == T0_NS + 12 * STEP_NS, "as it was when the worker became free"
+
+
+def test_a_chunk_starts_with_the_oldest_of_what_was_observed(bench):
+    bench.say("go")
+    lags_ns = {name: n * 3_000_000 for n, name in enumerate(PROFILE.robot.streams, start=1)}
+    assert len(lags_ns) > 1
+    bench.observe(1, lags_ns=lags_ns)
+    bench.inference_begins()
+    bench.inference_ends()
+    (chunk,) = bench.chunks
+    assert to_ns(chunk.header.stamp) == T0_NS + STEP_NS - max(lags_ns.values())
 
 
 def test_after_a_stop_an_inference_starts_at_once(bench):

@@ -1,19 +1,24 @@
 """The threads of the control loop, on a clock that the test moves."""
 
+import errno
 import os
 import queue
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 rclpy = pytest.importorskip("rclpy")
 
+from rclpy.clock import ClockType
 from rclpy.time import Time
 
 from a2c2_ros.benchmark.processes import fifo_threads
 from a2c2_ros.core.timing import TickGrid
+from a2c2_ros.nodes import realtime
 from a2c2_ros.nodes.realtime import LatestWorker, TickThread, become_realtime
 
 PERIOD_NS = 10_000_000
@@ -23,21 +28,21 @@ WAIT_S = 20.0
 class Loop:
     """A tick thread whose calls the test awaits."""
 
-    def __init__(self, standstill_s=1000.0, on_tick=None, simulated=True, lead_s=0.0):
+    def __init__(self, standstill_s=1000.0, on_tick=None):
         self.context = rclpy.Context()
         rclpy.init(context=self.context, domain_id=99)
         self.node = rclpy.create_node("clocked", context=self.context, use_global_arguments=False)
         self.clock = self.node.get_clock()
-        self.clock._set_ros_time_is_active(simulated)
+        self.clock._set_ros_time_is_active(True)
         self.grid = TickGrid(PERIOD_NS)
-        self.ticks, self.standstills, self.failures, self.leads = [], [], [], []
+        self.ticks, self.standstills, self.failures = [], [], []
         self.called = threading.Condition()
         self.thread = TickThread(
             self.node,
             PERIOD_NS,
             next_ns=lambda: self.grid.next_ns,
-            lead_s=lead_s,
-            on_lead=lambda: self.note(self.leads, self.grid.next_ns),
+            lead_s=0.0,
+            on_lead=lambda: None,
             on_tick=on_tick or self.on_tick,
             on_standstill=lambda: self.note(self.standstills, None),
             standstill_s=lambda: standstill_s,
@@ -99,19 +104,61 @@ def test_a_clock_that_stands_still_is_reported_and_never_started_is_too():
         loop.close()
 
 
-def test_before_every_tick_of_the_system_clock_there_is_one_lead():
-    loop = Loop(simulated=False, lead_s=0.002)
+class SystemClock:
+    """Time goes on by what the thread sleeps, and by a microsecond whenever it looks."""
 
-    def on_time():
-        return [t for t in loop.ticks[1:] if not t.missed and t.lateness_ns < 1_000_000]
+    clock_type, ros_time_is_active = ClockType.ROS_TIME, False
 
-    try:
-        loop.wait(lambda: len(on_time()) > 5)
-    finally:
-        loop.close()
-    led = loop.leads[: len(loop.ticks) - 1]
-    assert led == sorted(set(led)), "never two for one deadline"
-    assert {tick.t_tick_ns for tick in on_time()} <= set(loop.leads)
+    def __init__(self):
+        self.ns = 5_000_000_000
+
+    def now(self):
+        self.ns += 1000
+        return SimpleNamespace(nanoseconds=self.ns)
+
+    def sleep(self, duration_s):
+        assert 0 <= duration_s <= realtime.LONGEST_SLEEP_S
+        self.ns += round(duration_s * 1e9)
+
+    def create_jump_callback(self, *_, **__):
+        return SimpleNamespace(unregister=lambda: None)
+
+
+@pytest.mark.parametrize("period_ns", [PERIOD_NS, 20 * PERIOD_NS])
+def test_before_every_tick_of_the_system_clock_there_is_one_lead(monkeypatch, period_ns):
+    clock, grid, calls, over = SystemClock(), TickGrid(period_ns), [], threading.Event()
+    monkeypatch.setattr(realtime, "time", SimpleNamespace(sleep=clock.sleep, monotonic=time.monotonic))
+
+    def on_tick():
+        tick = grid.tick(clock.now().nanoseconds)
+        assert tick.missed == 0 and tick.lateness_ns < 10_000
+        calls.append(("tick", tick.t_tick_ns))
+        if len(calls) > 10:
+            raise EOFError
+
+    def on_lead():
+        assert 1_990_000 < grid.next_ns - clock.ns < 2_010_000
+        calls.append(("lead", grid.next_ns))
+
+    failures = []
+    thread = TickThread(
+        SimpleNamespace(get_clock=lambda: clock),
+        period_ns,
+        next_ns=lambda: grid.next_ns,
+        lead_s=0.002,
+        on_lead=on_lead,
+        on_tick=on_tick,
+        on_standstill=over.set,
+        standstill_s=lambda: 0.0,
+        on_failure=lambda error: failures.append(error) or over.set(),
+        priority=0,
+    )
+    assert over.wait(WAIT_S)
+    thread.stop()
+    assert [type(error) for error in failures] == [EOFError]
+    first_ns = calls[0][1]
+    deadlines = [first_ns + n * period_ns for n in range(1, 6)]
+    assert calls == [("tick", first_ns), *((what, t_ns) for t_ns in deadlines for what in ("lead", "tick"))]
 
 
 def test_an_exception_in_the_tick_reaches_the_owner():
@@ -148,7 +195,7 @@ def test_only_the_newest_item_of_each_key_is_worked_on():
 
 
 def test_after_work_that_took_too_long_the_next_has_no_priority():
-    if not become_realtime_is_permitted():
+    if not real_time_is_permitted():
         pytest.skip("no permission for SCHED_FIFO")
     done, clock_s = queue.Queue(), [0.0]
 
@@ -165,16 +212,30 @@ def test_after_work_that_took_too_long_the_next_has_no_priority():
     assert seen == [os.SCHED_FIFO, os.SCHED_FIFO, os.SCHED_OTHER, os.SCHED_FIFO]
 
 
-def become_realtime_is_permitted() -> bool:
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(become_realtime(1)))
+def in_a_thread(work):
+    """What work returns in a thread that ends with it."""
+    answers = queue.Queue()
+    thread = threading.Thread(target=lambda: answers.put(work()))
     thread.start()
     thread.join()
-    return answers[0].startswith("SCHED_FIFO")
+    return answers.get_nowait()
+
+
+def real_time_is_permitted():
+    """As the kernel says."""
+
+    def ask():
+        try:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        except PermissionError:
+            return False
+        return True
+
+    return in_a_thread(ask)
 
 
 def test_the_benchmark_counts_the_threads_with_priority():
-    if not become_realtime_is_permitted():
+    if not real_time_is_permitted():
         pytest.skip("no permission for SCHED_FIFO")
     before, has_priority, may_end = fifo_threads(os.getpid()), threading.Event(), threading.Event()
 
@@ -196,7 +257,7 @@ def test_the_benchmark_counts_the_threads_with_priority():
 
 
 def test_the_priority_can_be_given_back_without_privileges():
-    if not become_realtime_is_permitted():
+    if not real_time_is_permitted():
         pytest.skip("no permission for SCHED_FIFO")
     code = """
 import os
@@ -213,10 +274,26 @@ print(before & ~os.SCHED_RESET_ON_FORK, os.sched_getscheduler(0) & ~os.SCHED_RES
     assert answer.stdout.split() == [str(os.SCHED_FIFO), str(os.SCHED_OTHER)]
 
 
-def test_real_time_scheduling_is_asked_for_and_its_absence_tolerated():
-    assert "not asked for" in become_realtime(0)
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(become_realtime(1)))
-    thread.start()
-    thread.join()
-    assert answers[0].startswith(("SCHED_FIFO priority 1", "no real-time priority ("))
+def test_a_thread_gets_the_priority_that_it_asks_for():
+    def scheduling():
+        return os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+
+    def become(priority):
+        before = scheduling()
+        return become_realtime(priority), before, scheduling()
+
+    text, before, after = in_a_thread(lambda: become(0))
+    assert text == "no real-time priority (not asked for)" and before == after
+    if not real_time_is_permitted():
+        pytest.skip("no permission for SCHED_FIFO")
+    text, _, after = in_a_thread(lambda: become(1))
+    assert text == "SCHED_FIFO priority 1" and after == (os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, 1)
+
+
+def test_a_priority_that_is_not_permitted_is_done_without(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    text = in_a_thread(lambda: become_realtime(7))
+    assert "no real-time priority (Operation not permitted)" in text and "`ulimit -r 7`" in text

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import queue
 import struct
 import subprocess
 import sys
@@ -192,6 +193,23 @@ def test_repair_changes_only_what_is_damaged(tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_a_repaired_bag_still_says_what_never_reached_it(tmp_path):
+    bag = tmp_path / "bag"
+    writer = BagWriter(bag)
+    writer.note({"dropped": '{"/front/image": 3}'})
+    for message in made_messages(100):
+        writer.write(*message)
+    writer.close()
+    file = bag / "bag_0.mcap"
+    file.write_bytes(file.read_bytes()[:-200])
+    done = repair(bag)
+    assert done.repaired and sum(done.messages.values()) == 100
+    report = DamageReport()
+    assert list(read_bag(bag, report=report)) == contents(made_messages(100))
+    assert report.intact and report.dropped == {IMAGE.name: 3}
+    assert custom_data(bag) == {"dropped": '{"/front/image": 3}'}
+
+
 def write_other(path: Path, messages, **options) -> None:
     """An MCAP file as others write it."""
     with path.open("wb") as stream:
@@ -269,6 +287,39 @@ class BlockedBag(BagWriter):
         self.reached.set()
         self.gate.wait()
         super().write(*message)
+
+
+class WatchedBag(BagWriter):
+    """Tells what was done."""
+
+    def __init__(self, folder: Path) -> None:
+        self._done = queue.Queue()
+        super().__init__(folder)
+
+    def write(self, *message) -> None:
+        super().write(*message)
+        self._done.put("write")
+
+    def flush(self) -> None:
+        super().flush()
+        self._done.put("flush")
+
+    def next(self) -> str:
+        return self._done.get(timeout=30.0)
+
+
+def test_what_was_taken_half_a_second_ago_is_with_the_kernel(tmp_path):
+    bag, clock_s = WatchedBag(tmp_path / "bag"), [100.0]
+    recorder = Recorder(bag, 10**6, now_s=lambda: clock_s[0])
+    assert bag.next() == "flush"
+    for number in range(2):
+        recorder.put(TEXT, number, 1, text_cdr("nothing follows it"))
+        assert bag.next() == "write"
+        assert len(list(read_bag(bag.folder))) == number, "a chunk of each message would make a large file"
+        clock_s[0] += 0.5
+        assert bag.next() == "flush"
+        assert len(list(read_bag(bag.folder))) == number + 1
+    assert recorder.close(30.0)
 
 
 def test_a_blocked_disk_costs_images_first_and_everything_is_counted(tmp_path):

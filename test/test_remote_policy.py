@@ -1,7 +1,6 @@
 """The remote policy against servers that speak openpi's protocol: one written here from the protocol, and ours."""
 
 import contextlib
-import dataclasses
 import fcntl
 import heapq
 import os
@@ -29,7 +28,7 @@ from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.faults.namespaces import inside, ip
 from a2c2_ros.policies.base import Continuation, PolicyOptions
 from a2c2_ros.policies.registry import load_policy
-from a2c2_ros.policies.remote import RemotePolicy, RemoteSettings, absolute_rotation, pack, unpack
+from a2c2_ros.policies.remote import RemotePolicy, absolute_rotation, pack, unpack
 
 H, A, SIZE = 10, 7, 32
 INSTRUCTION = "put the bowl on the plate"
@@ -117,8 +116,22 @@ def server():
         yield server
 
 
-def remote(server, **mapping):
-    return RemotePolicy(server if isinstance(server, str) else server.url, PolicyOptions(mapping=LIBERO | mapping))
+class Clock:
+    """Goes on by what is slept."""
+
+    def __init__(self):
+        self.slept_s = []
+
+    def now_s(self):
+        return sum(self.slept_s)
+
+    def sleep(self, duration_s):
+        self.slept_s.append(duration_s)
+
+
+def remote(server, *clock, **mapping):
+    url = server if isinstance(server, str) else server.url
+    return RemotePolicy(url, PolicyOptions(mapping=LIBERO | mapping), *clock)
 
 
 def predict(policy, number=0.0):
@@ -465,11 +478,12 @@ def test_a_lost_connection_is_made_anew(server):
 
 
 def test_a_server_that_starts_again():
+    clock = Clock()
     with OpenpiServer() as server:
-        policy = remote(server, timeout_s=0.5)
+        policy = remote(server, clock.now_s, clock.sleep, timeout_s=9.0)
     with pytest.raises(PolicyError, match=f"{server.url}: no connection: ConnectionRefused"):
         predict(policy)
-    policy._settings = RemoteSettings(**LIBERO)  # the machine may be slow; only the refusal was to be quick
+    assert clock.slept_s == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
     with OpenpiServer(port=server.port):
         assert predict(policy, 0.5).actions[0, 0] == 0.5
     with OpenpiServer({"another": 1}, port=server.port), pytest.raises(PolicyError, match="other metadata"):
@@ -487,8 +501,9 @@ def test_too_large_messages_are_refused(server):
     assert predict(policy, 0.5).actions[0, 0] == 0.5
     with pytest.raises(PolicyError, match="max_message_mb"):
         remote(server, max_message_mb=0.005)
+    clock = Clock()
     with OpenpiServer({"x": bytes(200_000)}) as talkative, pytest.raises(PolicyError, match="too big"):
-        remote(talkative, max_message_mb=0.1, connect_timeout_s=1.4)
+        remote(talkative, clock.now_s, clock.sleep, max_message_mb=0.1)
 
 
 def test_a_server_that_is_none(server):
@@ -726,6 +741,7 @@ def test_clients_take_turns(served):
 
 def test_our_server_wants_the_key(monkeypatch):
     pytest.importorskip("torch")
+    clock = Clock()
     served = Served("--threads", "1", "--api-key-env", "A2C2_TEST_KEY", A2C2_TEST_KEY="secret")
     try:
         with pytest.raises(PolicyError, match="401"):
@@ -734,12 +750,11 @@ def test_our_server_wants_the_key(monkeypatch):
             monkeypatch.setenv("A2C2_TEST_KEY", key)
             options = PolicyOptions(mapping={"api_key_env": "A2C2_TEST_KEY"})
             if accepted:
-                policy = load_policy("remote", served.url, options)
+                policy = RemotePolicy(served.url, options, clock.now_s, clock.sleep)
             else:
                 with pytest.raises(PolicyError, match="401"):
                     load_policy("remote", served.url, options)
         assert served.stop(signal.SIGINT)[0] == 0
-        policy._settings = dataclasses.replace(policy._settings, timeout_s=0.5)
         with pytest.raises(PolicyError, match="no connection"):
             policy.predict(libero_observation(), INSTRUCTION, seed=0)
     finally:

@@ -13,7 +13,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -242,13 +242,21 @@ class RemotePolicy:
     weights: the protocol does not tell them, so give different weights different names.
     """
 
-    def __init__(self, path: str, options: PolicyOptions | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        options: PolicyOptions | None = None,
+        now_s: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         """Connect and compute a first chunk, which the server may need to compile.
 
         Args:
             path: ``ws://host:port`` or ``wss://host:port``.
             options: ``mapping`` has the keys of :class:`RemoteSettings`; ``robot`` and ``camera_shapes`` give what
                 neither it nor the server says.
+            now_s: A clock that only goes forward [s].
+            sleep: Waits on it [s].
 
         Raises:
             ConfigError: If the address or a setting is wrong, or a size or name is told by nobody.
@@ -260,6 +268,7 @@ class RemotePolicy:
         if unknown := [key for key in options.mapping if key not in known]:
             raise ConfigError(f"remote policy: {unknown} are no settings, allowed are {known}")
         self._url = path
+        self._now_s, self._sleep = now_s, sleep
         self._settings = RemoteSettings(**options.mapping)
         self._limit_bytes = round(self._settings.max_message_mb * 1e6)
         self._headers = self._authorization()
@@ -268,7 +277,7 @@ class RemotePolicy:
         self._closing = ExitStack()
         weakref.finalize(self, self._closing.close)
         with self._named():
-            self._connect(time.monotonic() + self._settings.connect_timeout_s)
+            self._connect(self._now_s() + self._settings.connect_timeout_s)
             told = _as_map(unpack(self._metadata), "the metadata")
         ours = told.get(DIALECT) == DIALECT_VERSION
         served = {k: v for k, v in told.items() if ours and k in known and k not in LOCAL_SETTINGS}
@@ -383,7 +392,7 @@ class RemotePolicy:
         """Send a request and decode its answer, once more on a new connection if the old one is lost."""
         if len(message) > self._limit_bytes:
             raise PolicyError(f"the request has {len(message)} bytes, allowed are {self._limit_bytes} (max_message_mb)")
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self._now_s() + timeout_s
         try:
             try:
                 return self._ask(message, deadline_s)
@@ -408,7 +417,7 @@ class RemotePolicy:
                 self._connection.recv(timeout=0)
                 raise PolicyError("the server sent something that it was not asked for")
             self._connection.send(message)
-            answer = self._connection.recv(timeout=deadline_s - time.monotonic())
+            answer = self._connection.recv(timeout=deadline_s - self._now_s())
             if isinstance(answer, str):
                 raise PolicyError(f"the server failed: {_shortened(answer)}")
             reply = _as_map(unpack(answer), "the reply")
@@ -426,9 +435,9 @@ class RemotePolicy:
             except InvalidStatus as error:
                 raise PolicyError(f"the server refuses: {error}") from error
             except (OSError, WebSocketException) as error:
-                if time.monotonic() + wait_s >= deadline_s:
+                if self._now_s() + wait_s >= deadline_s:
                     raise PolicyError(f"no connection: {type(error).__name__}: {error}") from error
-                time.sleep(wait_s)
+                self._sleep(wait_s)
                 wait_s = min(2.0 * wait_s, LARGEST_BACKOFF_S)
 
     def _open(self, deadline_s: float) -> None:
@@ -438,7 +447,7 @@ class RemotePolicy:
                 additional_headers=self._headers,
                 compression=None,
                 max_size=self._limit_bytes,
-                open_timeout=max(0.0, deadline_s - time.monotonic()),
+                open_timeout=max(0.0, deadline_s - self._now_s()),
                 close_timeout=CLOSE_TIMEOUT_S,
                 ping_interval=None,  # openpi's server answers no ping while it computes
                 proxy=None,
@@ -447,7 +456,7 @@ class RemotePolicy:
         try:
             with suppress(OSError):  # lost already: recv says why
                 connection.socket.settimeout(self._settings.timeout_s)  # a send to a dead peer ends, too
-            metadata = connection.recv(timeout=deadline_s - time.monotonic())
+            metadata = connection.recv(timeout=deadline_s - self._now_s())
             if isinstance(metadata, str):
                 raise PolicyError(f"the server failed: {_shortened(metadata)}")
             if self._metadata not in (None, metadata):

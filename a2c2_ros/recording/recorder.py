@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from a2c2_ros.recording.mcap_file import DROPPED
@@ -40,12 +41,20 @@ class Recorder:
         bag: Used by the thread alone from now on.
         max_queue_bytes: Bound of what waits for the thread.
         min_free_bytes: The recording ends when the file system has less than this left.
+        now_s: A clock that only goes forward [s].
     """
 
-    def __init__(self, bag: BagWriter, max_queue_bytes: int, min_free_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        bag: BagWriter,
+        max_queue_bytes: int,
+        min_free_bytes: int = 0,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._bag = bag
         self._max_queue_bytes = max_queue_bytes
         self._min_free_bytes = min_free_bytes
+        self._now_s = now_s
         self._changed = threading.Condition()
         self._queue: deque[tuple[Topic, int, int, bytes]] = deque()
         self._queue_bytes = 0
@@ -105,16 +114,16 @@ class Recorder:
     def _record(self) -> None:
         flush_s = 0.0
         while True:
-            if time.monotonic() >= flush_s:
+            if self._now_s() >= flush_s:
                 self._flush()
-                flush_s = time.monotonic() + FLUSH_S
+                flush_s = self._now_s() + FLUSH_S
             with self._changed:
                 if self._queue:
                     item = self._queue[0]
                 elif self._closing:
                     break
                 else:
-                    self._changed.wait(max(0.0, flush_s - time.monotonic()))
+                    self._changed.wait(max(0.0, flush_s - self._now_s()))
                     continue
             self._bag.write(*item)
             with self._changed:
