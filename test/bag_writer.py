@@ -77,6 +77,8 @@ def record(
     drop=lambda topic, n: False,
     planner=True,
     person=range(50, 56),
+    stopped=lambda stream, n: False,
+    restart=None,
     **changes,
 ):
     """Run the loop and write what a recorder gets of it.
@@ -90,6 +92,8 @@ def record(
         drop: Topic and tick to whether the message is not recorded.
         planner: There are chunks.
         person: Ticks in which a person commands.
+        stopped: Stream and tick to whether its sensor says nothing.
+        restart: Tick before which the controller is started anew.
         **changes: Of the chunks.
 
     Returns:
@@ -99,7 +103,11 @@ def record(
     profile = load_profile(str(profile_file))
     robot = profile.robot
     config = ControllerConfig(robot=str(profile_file), correction__model_path=str(head))
-    loop = CorrectionLoop(config, robot, OnnxHead(head), monotonic_ns=lambda: 0)
+
+    def started():
+        return CorrectionLoop(config, robot, OnnxHead(head), monotonic_ns=lambda: 0)
+
+    loop = started()
     buffer = ObservationBuffer(robot.streams)
     converters = streams_of(profile)
     messages, steps, seen = [], [], []
@@ -122,16 +130,20 @@ def record(
         )
         put("control_configuration", message, log_ns, -1)
 
-    def episode(phase, t_ns, number):
-        message = EpisodeStatus(phase=phase, episode=number, task=number, instruction=f"task {number}")
+    def episode(phase, t_ns, n):
+        message = EpisodeStatus(phase=phase, episode=task, task=task, instruction=f"task {task}")
         message.header.stamp = to_time(t_ns)
-        put("episode", message, t_ns, -1)
+        put("episode", message, t_ns, n)
 
     announce(T0 - STEP_NS)
     for n in range(ticks):
         t_ns = T0 + n * STEP_NS
+        task = 0 if n < 40 else 1 if n < 70 else 2
+        if n == restart:
+            loop, revision = started(), 0
+            announce(t_ns - 1)
         if n in (0, 40, 70):
-            episode(EpisodeStatus.STARTED, t_ns, n // 35)
+            episode(EpisodeStatus.STARTED, t_ns, n)
         joints = array_to_joint_state(
             0.02 * rng.standard_normal(7), profile.joint_names, t_ns - int(rng.integers(0, 40_000_000))
         )
@@ -139,6 +151,8 @@ def record(
         for name in CAMERAS:
             sensors[name] = array_to_image(image_at(n), t_ns - int(rng.integers(0, 40_000_000)), name)
         for stream, message in sensors.items():
+            if stopped(stream, n):
+                continue
             topic, convert = converters[stream]
             buffer.put(stream, *convert(serialize_message(message)))
             put(topic, message, t_ns - 1, n)
@@ -146,7 +160,6 @@ def record(
         expert.header.stamp = to_time(max(buffer.snapshot().stamps_ns.values()))
         if n < 80:
             put("expert_action", expert, t_ns - 1, n)
-        task = 0 if n < 40 else 1 if n < 70 else 2
         if planner and n % 10 == 0:
             chunk = ActionChunk(
                 **dict(
@@ -181,7 +194,7 @@ def record(
         put("control_step", step_to_message(step, tuple(robot.streams), StepTiming(0, 0, 0, missed), revision), t_ns, n)
         missed = 0
         if n in (39, 69):
-            episode(EpisodeStatus.SUCCEEDED if n == 39 else EpisodeStatus.FAILED, t_ns + STEP_NS, n // 35)
+            episode(EpisodeStatus.SUCCEEDED if n == 39 else EpisodeStatus.FAILED, t_ns + STEP_NS, n)
     types = get_typestore(Stores.ROS2_JAZZY)
     for file in sorted((share_directory() / "msg").glob("*.msg")):
         types.register(get_types_from_msg(file.read_text(), f"a2c2_ros/msg/{file.stem}"))

@@ -1,5 +1,6 @@
 """Policies that are not ours on real LIBERO, trained and started with the commands of docs/policies.md."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,11 +12,16 @@ import pytest
 pytest.importorskip("lerobot")
 pytest.importorskip("rclpy")
 
+from a2c2_ros.msg import ActionChunk
+from rclpy.serialization import deserialize_message
+
 from a2c2_ros.benchmark.policies import served
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation.cells import policy_facts
 from a2c2_ros.evaluation.worker import _policy as load_for_evaluation
+from a2c2_ros.nodes.conversions import message_to_chunk
 from a2c2_ros.policies.registry import load_policy_for
+from a2c2_ros.recording.reader import read_bag
 from a2c2_ros.training.dataset import load_demonstrations
 from a2c2_ros.training.smolvla import save_random
 
@@ -87,10 +93,16 @@ def test_an_act_that_lerobot_trained_on_our_data(libero_demonstrations, tmp_path
 def test_a_smolvla_with_real_time_chunking(tmp_path):
     profile = load_profile("libero")
     path = save_random(tmp_path / "smolvla", "tiny", profile.robot, profile.camera_shapes()["agentview"][0])
-    arguments = ("policy:=lerobot", f"policy_path:={path}", "correction:=false", "chunking:=rtc")
+    arguments = ("policy:=lerobot", f"policy_path:={path}", "correction:=false", "chunking:=rtc", "record:=true")
     summary = simulate(tmp_path / "run", *arguments, "execution_horizon:=20", "inference_delay:=5")
     assert [name.split("-")[0] for name in summary["policy_ids"]] == ["smolvla"]
     assert summary["chunk_delay_steps_p50"] == 5
+    recorded = (message.data for message in read_bag(tmp_path / "run" / "bag", {"/action_chunk"}))
+    chunks = [message_to_chunk(deserialize_message(data, ActionChunk)) for data in recorded]
+    assert len(chunks) > 2
+    for previous, chunk in itertools.pairwise(chunks):
+        apart = np.abs(chunk.actions[:30] - previous.actions[20:]).mean(axis=1)
+        assert apart[:5].max() < 0.01 and apart[20:].mean() > 0.05, "it goes on with what will be executed"
 
     facts, loaded = policy_facts(str(path)), load_for_evaluation(str(path))
     assert [facts["policy_id"]] == [loaded.policy_id] == summary["policy_ids"], "tables name it without loading it"

@@ -13,6 +13,7 @@ from a2c2_ros.core.errors import ConfigError, ObservationError, PolicyError
 from a2c2_ros.policies.base import Continuation, PolicyOptions, PolicyOutput
 from a2c2_ros.policies.flow import FlowConfig, FlowNetwork, guidance_weights, load_network, save_network
 from a2c2_ros.policies.registry import load_policy
+from a2c2_ros.training.train_policy import DRAWS, PREFIX_SHARE, flow_loss
 
 CONFIG = FlowConfig(
     action_names=("x", "y", "gripper"),
@@ -252,6 +253,45 @@ def test_prefix_is_kept_and_the_rest_follows_from_it():
     assert not torch.allclose(samples[0][:, 2:], samples[1][:, 2:], atol=1e-4), "the rest depends on the prefix"
     same = dataclasses.replace(given, actions=np.concatenate([given.actions[:2], given.actions[2:] + 1]))
     assert torch.equal(network.sample(latent, noise, same), samples[1]), "only the prefix counts"
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_training_goes_on_from_prefixes_that_cost_nothing(slots):
+    network, seen = small_network(prefix_slots=slots), []
+    chunks, weights = torch.randn(100, 18), torch.rand(100, 18) + 0.5
+    wrong = torch.zeros(len(chunks) * DRAWS, 18)
+
+    def predict(x, t, latent, clean=None):
+        seen.append((x, clean))
+        return chunks.repeat(DRAWS, 1) + wrong
+
+    def loss():
+        return flow_loss(network, torch.zeros(100, 16), chunks, weights, np.random.default_rng(0)).item()
+
+    network.decoder.forward = predict
+    assert loss() == 0.0
+    ((x, clean),) = seen
+    known = torch.zeros(len(x), 6, dtype=bool)
+    if slots:
+        assert clean.shape == (len(x), slots) and set(clean.unique().tolist()) == {0.0, 1.0}
+        known[:, :slots] = clean.bool()
+        lengths = known.sum(dim=1)
+        assert torch.equal(known, torch.arange(6) < lengths[:, None]), "from the first slot on"
+        assert set(lengths.tolist()) == set(range(slots + 1))
+        assert (lengths > 0).float().mean().item() == pytest.approx(PREFIX_SHARE, abs=0.1)
+    else:
+        assert clean is None
+    known = known.repeat_interleave(3, dim=1)
+    assert torch.equal(x == chunks.repeat(DRAWS, 1), known), "all else is noisy"
+    wrong[known] = 100.0
+    assert loss() == 0.0
+    wrong[~known] = 0.5
+    assert loss() == pytest.approx(0.25)
+    wrong[~known] = 0.0
+    row, column = np.argwhere(~known.numpy())[-1]
+    wrong[row, column] = 1.0
+    total = weights.repeat(DRAWS, 1)[~known].sum()
+    assert loss() == pytest.approx((weights[row % 100, column] / total).item(), rel=1e-4), "by its weight"
 
 
 def test_a_delay_beyond_the_training_is_refused(policy):

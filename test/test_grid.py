@@ -568,6 +568,9 @@ def test_the_grid_shows_every_row_on_the_same_initial_states(folder):
     assert "| naive | 66.7% [" in text and "| a2c2 | 100% [" in text and "states 0 to 2 of each" in text
     assert "(40, 10)" not in text, "a column without any result"
     assert "| 20% [" in report.paper_table(found, paper.TABLE_1)
+    row, pair = loaded.row("a2c2"), (10, 0)
+    pairs = [found.difference(row, pair, episodes).pairs for episodes in (1, 3, 10, None)]
+    assert pairs == [2, 6, 20, 20], "of two tasks"
     (curve,) = [c for c in report._curves(found, "static", {10: (10, 0)}) if c.label == "naive"]
     assert curve.points[10][0] == pytest.approx(2 / 3)
 

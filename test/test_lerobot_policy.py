@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -17,6 +18,7 @@ from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.launching import LIBERO_SIM_ARGUMENTS, libero_sim, parse_arguments
 from a2c2_ros.policies.base import Continuation, PolicyOptions
 from a2c2_ros.policies.language import InstructionEncoder
+from a2c2_ros.policies.lerobot_files import LeRobotMapping, checkpoint_id
 from a2c2_ros.policies.registry import POLICIES, load_mapping, load_policy
 
 FAMILIES = ("act", "diffusion", "smolvla")
@@ -289,10 +291,17 @@ def test_images_are_resized_only_when_the_yaml_file_says_so(tmp_path):
         load(folder)
     policy = load(folder, mapping={"image_size": 64})
     assert policy.image_size == 128
-    smooth = {name: np.full((128, 128, 3), 90, np.uint8) for name in policy.cameras} | {"state": observation()["state"]}
-    small = {name: value[:64, :64] if value.ndim == 3 else value for name, value in smooth.items()}
-    expected, _ = direct(folder, small, 0)
-    np.testing.assert_allclose(policy.predict(smooth, INSTRUCTION, seed=0).actions, expected, atol=1e-5)
+    line = np.pad(8 * np.random.default_rng(0).integers(0, 32, 122), 3, mode="edge")
+    half = np.pad(line, 1, mode="edge").reshape(-1, 2)  # pixels 2 i - 1 and 2 i
+    half = (half[:-1] @ (1, 3) + half[1:] @ (3, 1)) // 8  # a triangle over four pixels, without remainder
+
+    def striped(line):
+        image = np.tile(line[:, None, None], (1, len(line), 3)).astype(np.uint8)
+        return {"agentview": image, "wrist": image.swapaxes(0, 1), "state": observation()["state"]}
+
+    actions = policy.predict(striped(line), INSTRUCTION, seed=0).actions
+    np.testing.assert_allclose(actions, direct(folder, striped(half), 0)[0], atol=1e-5)
+    assert not np.allclose(actions, direct(folder, striped(line[::2]), 0)[0], atol=1e-4), "every pixel counts"
 
 
 @pytest.mark.parametrize(
@@ -428,6 +437,29 @@ def test_a_wrong_observation_is_refused(policies):
     for change, word in (({"wrist": np.zeros((64, 64, 3), np.uint8)}, "wrist"), ({"state": np.zeros(7)}, "state")):
         with pytest.raises(ObservationError, match=word):
             policies["act"].predict(observation() | change, INSTRUCTION, seed=0)
+
+
+def test_a_policy_id_is_of_every_file_that_decides_what_the_policy_answers(tmp_path):
+    files = {
+        "config.json": json.dumps({"type": "act"}),
+        "model.safetensors": "weights",
+        "policy_preprocessor.json": "before",
+        "policy_preprocessor_step_3_normalizer_processor.safetensors": "statistics",
+        "policy_postprocessor.json": "after",
+    }
+
+    def id_of(name, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, text in (files | changes).items():
+            (folder / file).write_text(text)
+        return checkpoint_id(folder, LeRobotMapping())
+
+    first = id_of("first")
+    assert re.fullmatch("act-[0-9a-f]{8}", first)
+    assert id_of("moved", **{"README.md": "words", "training.json": "{}"}) == first
+    changed = {file: id_of(f"{number}", **{file: text + " "}) for number, (file, text) in enumerate(files.items())}
+    assert len({first, *changed.values()}) == 1 + len(files), changed
 
 
 def test_policy_config_by_name_and_path(tmp_path):

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.heads.compact import CompactHead
-from a2c2_ros.policies.flow import FlowConfig, load_network
+from a2c2_ros.policies.flow import FlowConfig, FlowNetwork, load_network
 from a2c2_ros.training import train_head as train_head_module
 from a2c2_ros.training import train_policy as train_policy_module
 from a2c2_ros.training.cache_chunks import cache_chunks, load_chunks
@@ -23,7 +23,7 @@ from a2c2_ros.training.dataset import Augmentation, load_demonstrations
 from a2c2_ros.training.joining import BaseChunks, concatenate
 from a2c2_ros.training.loop import LoopConfig
 from a2c2_ros.training.train_head import HeadRecipe, train_head
-from a2c2_ros.training.train_policy import train_policy
+from a2c2_ros.training.train_policy import DISTURBED_WEIGHT, PADDING_WEIGHT, targets, train_policy
 
 # Threads that wait for each other are slow on a busy machine, and these networks are tiny.
 torch.set_num_threads(1)
@@ -187,6 +187,34 @@ def test_chunks_stand_still_after_the_episode(data):
     assert np.array_equal(chunks[0], np.stack([action_at(0, k) for k in range(HORIZON)]))
     assert np.array_equal(chunks[1, :2], np.stack([action_at(0, LENGTH - 2), action_at(0, LENGTH - 1)]))
     assert np.array_equal(chunks[1, 2:], np.tile([0.0, 0.0, 1.0], (HORIZON - 2, 1)))
+
+
+@pytest.fixture(scope="module")
+def disturbed(data):
+    """Two disturbances in the first episode, and in the second at its first and its last frame."""
+    frames = (3, LENGTH - 2, LENGTH, 2 * LENGTH - 1)
+    return dataclasses.replace(data, disturbed=np.isin(np.arange(len(data)), frames))
+
+
+STARTS = np.array([0, 3, 4, LENGTH - 4, LENGTH - 1, LENGTH + 1, 2 * LENGTH - 4])
+UNDISTURBED = (4, 1, 7, 3, HORIZON, HORIZON, 4)
+"""Slots of a chunk from each start to the one that is disturbed: what comes after it answers the disturbance."""
+
+
+def test_what_follows_a_disturbance_in_the_episode_cannot_be_foreseen(disturbed):
+    foreseen = disturbed.undisturbed(STARTS, HORIZON)
+    assert foreseen.tolist() == [[slot < count for slot in range(HORIZON)] for count in UNDISTURBED]
+
+
+def test_slots_after_the_end_and_after_a_disturbance_weigh_less(disturbed):
+    _, weights, _ = targets(disturbed, FlowNetwork(config_for(disturbed)), STARTS)
+    inside = np.minimum(disturbed.end[STARTS] - STARTS, HORIZON)
+    expected = [
+        [DISTURBED_WEIGHT if slot >= count else PADDING_WEIGHT if slot >= length else 1.0 for slot in range(HORIZON)]
+        for count, length in zip(UNDISTURBED, inside, strict=True)
+    ]
+    by_slot = weights.reshape(len(STARTS), HORIZON, len(ACTIONS))
+    np.testing.assert_array_equal(by_slot, np.repeat(np.float32(expected)[:, :, None], len(ACTIONS), axis=2))
 
 
 def test_split_keeps_episodes_whole(data):

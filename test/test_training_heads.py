@@ -27,7 +27,7 @@ from a2c2_ros.training.joining import (
     concatenate_chunks,
     load_base,
 )
-from a2c2_ros.training.loop import LoopConfig
+from a2c2_ros.training.loop import LoopConfig, Trained
 from a2c2_ros.training.train_head import RECIPES, HeadRecipe, draw_bases, make_head, train_head
 from a2c2_ros.training.train_policy import train_policy
 
@@ -293,6 +293,27 @@ def test_drawn_base_action_is_the_slot_of_the_chunk_before():
     assert np.array_equal(action, chunks.actions[0, base, k])
 
 
+@pytest.mark.parametrize("mismatch", [0.0, 0.5, 1.0])
+def test_action_and_latent_are_of_one_chunk_and_all_views_are_drawn(mismatch):
+    data = demonstrations()
+    chunks, frames = base_chunks(data, views=3), np.tile(np.arange(len(data)), 20)
+    action, k, latent = slots_of(HeadRecipe(mismatch=mismatch), data, chunks, frames)
+    view, base = chunk_of(chunks, latent)
+    assert np.array_equal(action, chunks.actions[view, base, k])
+    assert set(view) == {0, 1, 2}
+    assert abs((base != frames - k).mean() - mismatch) < 0.1  # now and then another frame is the right one
+
+
+def chunk_of(chunks, latents):
+    """View and frame of the cached chunks with these latents."""
+    places = {row.tobytes(): place for place, row in zip(np.ndindex(chunks.latents.shape[:2]), rows(chunks.latents))}
+    return np.array([places[row.tobytes()] for row in latents]).T
+
+
+def rows(array):
+    return array.reshape(-1, array.shape[-1])
+
+
 def with_executed(data, chunks, cached=True):
     rng = np.random.default_rng(9)
     return dataclasses.replace(
@@ -315,6 +336,15 @@ def test_executed_base_actions_take_the_place_of_cached_ones(share, cached):
     assert (k[executed] == chunks.slot[frames[executed]]).all()
     expected = share if cached else 1.0
     assert abs(executed.mean() - expected) < 0.1 and (expected not in (0.0, 1.0) or executed.mean() == expected)
+
+
+def test_a_chunk_of_another_frame_was_not_executed():
+    data = demonstrations()
+    chunks, frames = with_executed(data, base_chunks(data)), np.tile(np.arange(len(data)), 20)
+    action, k, latent = slots_of(HeadRecipe(mismatch=1.0), data, chunks, frames)
+    assert not (action == chunks.action[frames]).all(axis=1).any()
+    view, base = chunk_of(chunks, latent)
+    assert np.array_equal(action, chunks.actions[view, base, k])
 
 
 def save_executed_file(root, data, horizon=HORIZON):
@@ -462,6 +492,90 @@ def test_transformer_continues_where_it_was(policy, tmp_path):
     once, twice = weights(tmp_path / "a", 4), weights(tmp_path / "b", 2, 4)
     for name, value in once.items():
         assert torch.equal(value, twice[name]), name
+
+
+def watched_training(monkeypatch, data, chunks, head, out, recipe, size):
+    """The rows that a head gets in one step and in a validation, with the loss of each.
+
+    A row has the network's inputs, the pixels of each camera that its tokens are of, and the residual.
+    """
+    tokens, calls, losses = {}, [], []
+    encode_image, fuse = head.encode_image, head.fuse
+
+    def watched_encode(camera, images, language):
+        result = encode_image(camera, images, language)
+        for token, image, words in zip(result, images, language, strict=True):
+            tokens[camera, token.numpy().tobytes()] = image.numpy(), words.numpy()
+        return result
+
+    def watched_fuse(given, *vectors):
+        residual = fuse(given, *vectors)
+        seen = [
+            {camera: tokens[camera, row.numpy().tobytes()] for camera, row in zip(given, of, strict=True)}
+            for of in zip(*given.values(), strict=True)
+        ]
+        calls.append((seen, *(vector.numpy() for vector in vectors), residual.numpy()))
+        return residual
+
+    def train(model, loss, validate, *_):
+        with torch.inference_mode():
+            losses.append(loss(model, np.random.default_rng(3), size).item())
+            metrics = {"train_loss": losses[0], **validate(model)}
+        losses.append(metrics["loss"])
+        return Trained(model, [{"step": 1, **metrics}], 1, 0.0)
+
+    monkeypatch.setattr(head, "encode_image", watched_encode)
+    monkeypatch.setattr(head, "fuse", watched_fuse)
+    monkeypatch.setattr(train_head_module, "train", train)
+    still = Augmentation(shift=0, brightness=0.0, state_noise=0.0)
+    train_head(data, chunks, head, LOOP, out, 0.3, recipe, still)
+    return list(zip(calls, losses, strict=True))
+
+
+def frames_of(data, states):
+    """Frames with these states."""
+    places = {row.tobytes(): frame for frame, row in enumerate(data.state)}
+    return np.array([places[row.tobytes()] for row in states])
+
+
+@pytest.mark.parametrize("unit", ["action", "deviation"])
+def test_all_that_a_row_has_belongs_to_its_frame(policy, tmp_path, monkeypatch, unit):
+    data = demonstrations()
+    chunks, head = base_chunks(data, views=3), awake(head_for(policy, "compact"))
+    recipe = HeadRecipe(draws=3, loss_unit=unit)
+    training, validation = data.split(0.3)
+    language = train_head_module.language_rows(chunks.language, data).numpy()
+    scale = head.action_std.numpy() if unit == "deviation" else 1.0
+    watched = watched_training(monkeypatch, data, chunks, head, tmp_path, recipe, size=16)
+    for ((images, state, action, tau, latent, words, residual), loss), views in zip(watched, ({0, 1, 2}, {0})):
+        frames = frames_of(data, state)
+        view, base = chunk_of(chunks, latent)
+        k = frames - base
+        assert set(view) == views and set(k) <= set(range(HORIZON))
+        assert np.array_equal(action, chunks.actions[view, base, k])
+        assert np.array_equal(tau, [time_feature(slot, HORIZON) for slot in k]) and len(set(k)) > 4
+        assert np.array_equal(words, language[data.task[frames]])
+        for row, frame in zip(images, frames, strict=True):
+            for camera, (pixels, seen) in row.items():
+                assert np.array_equal(pixels, data.frames[camera][frame])
+                assert np.array_equal(seen, language[data.task[frame]])
+        assert loss == pytest.approx(np.square((data.action[frames] - action - residual) / scale).mean(), rel=1e-4)
+    assert len(watched[0][0][1]) == 3 * 16 and set(frames_of(data, watched[0][0][1])) <= set(training)
+    assert np.array_equal(np.unique(frames_of(data, watched[1][0][1])), validation)
+
+
+def test_frames_without_any_chunk_are_left_out(policy, tmp_path, monkeypatch):
+    data = demonstrations()
+    chunks, head = with_executed(data, base_chunks(data), cached=False), head_for(policy, "compact")
+    unknown = np.arange(len(data)) % 3 == 1
+    chunks = dataclasses.replace(chunks, slot=np.where(unknown, -1, chunks.slot))
+    known = [frames[~unknown[frames]] for frames in data.split(0.3)]
+    watched = watched_training(monkeypatch, data, chunks, head, tmp_path, HeadRecipe(draws=1), size=400)
+    for ((_, state, *_), _), frames in zip(watched, known, strict=True):
+        assert np.array_equal(np.unique(frames_of(data, state)), frames)
+    drawn = train_head_module.samples_of(head, data, chunks, 400)
+    frames = np.flatnonzero(~unknown)
+    assert np.array_equal(np.unique(frames_of(data, [sample.state for sample in drawn])), frames)
 
 
 OPTIONS = [
