@@ -446,11 +446,12 @@ def test_a_policy_id_is_of_every_file_that_decides_what_the_policy_answers(tmp_p
         "policy_preprocessor.json": "before",
         "policy_preprocessor_step_3_normalizer_processor.safetensors": "statistics",
         "policy_postprocessor.json": "after",
+        "vlm/tokenizer.json": "words",
     }
 
     def id_of(name, **changes):
         folder = tmp_path / name
-        folder.mkdir()
+        (folder / "vlm").mkdir(parents=True)
         for file, text in (files | changes).items():
             (folder / file).write_text(text)
         return checkpoint_id(folder, LeRobotMapping())

@@ -92,11 +92,13 @@ def chunk_size(folder: Path) -> int:
 def checkpoint_id(folder: Path, mapping: LeRobotMapping) -> str:
     """The policy's id: its family, and a hash of everything that decides what it answers.
 
-    That is the checkpoint's configuration, weights and processors, and what the YAML file changes.
+    That is the checkpoint's configuration, weights and processors, its own vision-language model's tokenizer and
+    configuration, and what the YAML file changes.
     """
     family = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["type"]
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(mapping), sort_keys=True, default=str).encode())
-    for path in sorted([folder / CONFIG_FILE, *folder.glob("policy_p*.json"), *folder.glob("*.safetensors")]):
+    own = (path for path in (folder / VLM_FOLDER).rglob("*") if path.is_file())
+    for path in sorted([folder / CONFIG_FILE, *folder.glob("policy_p*.json"), *folder.glob("*.safetensors"), *own]):
         digest.update(path.name.encode())
         digest.update(_hash(path, path.stat().st_mtime_ns))
     return f"{family}-{digest.hexdigest()[:8]}"
