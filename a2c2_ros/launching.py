@@ -139,10 +139,6 @@ OF_PLANNER = (
 
 
 OF_POLICY = ("policy", "policy_path", "policy_config", "policy_device")
-OF_SIMULATOR = (
-    *("task", "episodes", "initial_state", "max_steps", "seed", "motion", "suite", "disturbance", "expert"),
-    *("takeover_after_steps", "lockstep"),
-)
 
 
 def _of(config: type[Parameters], field_name: str, default: Value | None = None, name: str = "") -> Argument:
@@ -193,8 +189,9 @@ def libero_sim(arguments: Mapping[str, Value]) -> System:
     """
     values, out = _with_run_folder(arguments)
     mode = {"lockstep": values["lockstep"], "use_sim_time": values["lockstep"]}
+    of_simulator = {field.name for field in dataclasses.fields(LiberoSimConfig)}
     processes = [
-        _process("libero_sim", {name: values[name] for name in OF_SIMULATOR}),
+        _process("libero_sim", {name: value for name, value in values.items() if name in of_simulator}),
         _process("chunk_planner", _planner(values) | mode),
         _process("correction_controller", _correction(values) | mode),
         _process("episode_monitor", {"out": str(out), "use_sim_time": values["lockstep"]} | values),

@@ -28,6 +28,7 @@ from a2c2_ros.heads.onnx_head import KEPT_PER_CAMERA, PROVIDERS, OnnxHead
 from a2c2_ros.heads.onnx_head import check_device as check_runtime
 from a2c2_ros.heads.quantise import effect, quantise
 from a2c2_ros.heads.samples import dataset_samples, random_samples
+from a2c2_ros.markdown import table
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.base import PolicyOptions
 from a2c2_ros.policies.flow import FlowPolicy
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=sorted(PROVIDERS), default="cpu", help="where to run (default cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and frames (default 0)")
     arguments = parser.parse_args(argv)
-    table = head_table(
+    result = head_table(
         model_path(arguments.compact),
         model_path(arguments.policy),
         data=arguments.data,
@@ -86,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=arguments.seed,
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(table, indent=1) + "\n")
-    print(markdown(table))
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(result))
 
 
 def head_table(
@@ -199,29 +200,28 @@ def measure_ms(run: Callable[[int], object], seconds: float) -> dict[str, float 
     return {"p50_ms": round(float(p50), 4), "p99_ms": round(float(p99), 4), "runs": len(durations)}
 
 
-def markdown(table: Mapping[str, object]) -> str:
+def markdown(result: Mapping[str, object]) -> str:
     """The result as Markdown tables."""
-    lines = [
-        "| head | runtime | weights | threads | whole p50/p99 [ms] | tick | one image | policy/tick |",
-        "|" + 8 * "---|",
-    ]
+    times, effects = [], []
     groups: dict[tuple, dict[str, str]] = {}
-    for row in table["rows"]:
+    for row in result["rows"]:
         key = (row["head"], row["runtime"], row["weights"], row["threads"])
         groups.setdefault(key, {})[row["part"]] = f"{row['p50_ms']:.3g}/{row['p99_ms']:.3g}"
-    ratios = {(r["head"], "onnxruntime", r["weights"], r["threads"]): f"{r['tick']:.0f}" for r in table["ratios"]}
+    ratios = {(r["head"], "onnxruntime", r["weights"], r["threads"]): f"{r['tick']:.0f}" for r in result["ratios"]}
     for key, parts in groups.items():
         cells = [*map(str, key), *(parts.get(part, "") for part in ("whole", "tick", "encode")), ratios.get(key, "")]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| change by int8 | of | max abs | mean abs | mean residual | relative |", "|" + 6 * "---|"]
-    for row in table["effects"]:
+        times.append(cells)
+    for row in result["effects"]:
         values = [f"{row[name]:.2g}" for name in ("max_abs", "mean_abs", "mean_residual", "relative")]
-        lines.append("| " + " | ".join([row["head"], f"{row['head_weights']} weights", *values]) + " |")
-    lines += ["", "| policy | threads | p50/p99 [ms] |", "|" + 3 * "---|"]
-    lines += [
-        f"| {table['settings']['policy']} | {r['threads']} | {r['p50_ms']}/{r['p99_ms']} |" for r in table["policy"]
-    ]
-    return "\n".join(lines)
+        effects.append([row["head"], f"{row['head_weights']} weights", *values])
+    name = result["settings"]["policy"]
+    policy = [(name, str(r["threads"]), f"{r['p50_ms']}/{r['p99_ms']}") for r in result["policy"]]
+    tables = (
+        (("head", "runtime", "weights", "threads", "whole p50/p99 [ms]", "tick", "one image", "policy/tick"), times),
+        (("change by int8", "of", "max abs", "mean abs", "mean residual", "relative"), effects),
+        (("policy", "threads", "p50/p99 [ms]"), policy),
+    )
+    return "\n\n".join(table(heading, rows) for heading, rows in tables)
 
 
 def _onnx_rows(

@@ -28,6 +28,7 @@ from a2c2_ros.heads.base import make_random_head, manifest_of
 from a2c2_ros.heads.export import export
 from a2c2_ros.heads.onnx_head import OnnxHead
 from a2c2_ros.heads.samples import random_samples
+from a2c2_ros.markdown import table
 from a2c2_ros.policies.base import ChunkPolicy
 from a2c2_ros.policies.registry import load_policy, load_policy_for
 
@@ -150,14 +151,13 @@ def served(threads: int, device: str) -> Iterator[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
-    lines = ["| policy | chunk p50/p99 [ms] | transport p50 | head p50/p99 [ms] | chunk/head |", "|" + 5 * "---|"]
+    rows = []
     for found in result["rows"]:
-        chunk, head, transport = found["chunk"], found["head"], found.get("transport_p50_ms", "")
-        lines.append(
-            f"| {found['policy']} | {chunk['p50_ms']:.4g} / {chunk['p99_ms']:.4g} | {transport} "
-            f"| {head['p50_ms']:.3g} / {head['p99_ms']:.3g} | {found['chunk_per_head']:g} |"
-        )
-    return "\n".join(lines)
+        chunk, head, transport = found["chunk"], found["head"], str(found.get("transport_p50_ms", ""))
+        times = f"{chunk['p50_ms']:.4g} / {chunk['p99_ms']:.4g}", f"{head['p50_ms']:.3g} / {head['p99_ms']:.3g}"
+        rows.append((found["policy"], times[0], transport, times[1], f"{found['chunk_per_head']:g}"))
+    heading = ("policy", "chunk p50/p99 [ms]", "transport p50", "head p50/p99 [ms]", "chunk/head")
+    return table(heading, rows)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from a2c2_ros.benchmark.timing import QUIET_CORES, START_TIMEOUT_S, Bench, Cell,
 from a2c2_ros.benchmark.trace import Trace, command_latencies_ms, period_errors_ms, summary
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.jobs import interrupt_on_termination
+from a2c2_ros.markdown import table
 
 RATE_HZ = 100
 HEAD = "compact"  # sees both cameras
@@ -128,8 +129,7 @@ def pooled(cell: Cell, recorded: bool, traces: Sequence[Trace], cells: Sequence[
 
 def lines(results: Sequence[dict[str, Any]]) -> str:
     """The results as a table in Markdown."""
-    out = ["| cell | recorded | period error p50 / p99 [ms] | tick to command p50 / p99 [ms] | missed | recorder |"]
-    out.append("|---|---|---|---|---|---|")
+    rows = []
     for r in results:
         period, latency = r["period_error_ms"], r["command_latency_ms"]
         recorder = ""
@@ -137,11 +137,10 @@ def lines(results: Sequence[dict[str, Any]]) -> str:
             mb, cores = (np.mean([item[key] for item in r["recorder"]]) for key in ("bytes_per_s", "cpu_share"))
             lost = sum(sum(item["dropped"].values()) for item in r["recorder"])
             recorder = f"{mb / 1e6:.1f} MB/s, {cores:.2f} cores, {lost} messages lost"
-        out.append(
-            f"| {r['cell']} | {'yes' if r['recorded'] else 'no'} | {period['p50']:.3f} / {period['p99']:.2f} | "
-            f"{latency['p50']:.2f} / {latency['p99']:.2f} | {r['missed_ticks']} | {recorder} |"
-        )
-    return "\n".join(out)
+        times = f"{period['p50']:.3f} / {period['p99']:.2f}", f"{latency['p50']:.2f} / {latency['p99']:.2f}"
+        rows.append((r["cell"], "yes" if r["recorded"] else "no", *times, str(r["missed_ticks"]), recorder))
+    errors = "period error p50 / p99 [ms]", "tick to command p50 / p99 [ms]"
+    return table(("cell", "recorded", *errors, "missed", "recorder"), rows)
 
 
 def run(args: argparse.Namespace, folder: Path) -> int:

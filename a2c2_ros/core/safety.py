@@ -81,7 +81,7 @@ class Latch:
     def __init__(self, enabled: bool, stop_timeout_ns: int = 0, ready: bool = True) -> None:
         self._verdict = None if enabled else Verdict(State.STOPPED, Reason.DISABLED, "not enabled yet")
         self._pressed = False
-        self.robot_ready(ready, "" if ready else NEVER_HEARD)
+        self.robot_ready(ready, NEVER_HEARD)
         self._stop_timeout_ns = stop_timeout_ns
         self._signal_ns: int | None = None
 
@@ -115,14 +115,14 @@ class Latch:
         if pressed:
             self._verdict = Verdict(State.STOPPED, Reason.EMERGENCY_STOP)
 
-    def robot_ready(self, ready: bool, detail: str = "") -> None:
+    def robot_ready(self, ready: bool, detail: str = NOT_READY) -> None:
         """Whether the robot says that it executes commands. That it does again does not enable.
 
         Args:
             ready: What it says.
-            detail: Why it counts as not ready; empty: it says so.
+            detail: Why it counts as not ready.
         """
-        self._ready, self._why_not_ready = ready, detail or NOT_READY
+        self._ready, self._why_not_ready = ready, detail
         reason = None if self._verdict is None else self._verdict.reason
         if not ready and reason in (None, Reason.DISABLED, Reason.ROBOT_STOPPED):
             self._verdict = Verdict(State.STOPPED, Reason.ROBOT_STOPPED, self._why_not_ready)

@@ -12,6 +12,9 @@ DELAY_WINDOW_CHUNKS = 100
 DELAY_PERCENTILE = 95.0
 
 
+NO_E_FITS = "no e fits: make the policy faster or its chunks longer"
+
+
 @dataclass(frozen=True)
 class Tick:
     """One tick of the control loop."""
@@ -121,7 +124,7 @@ class ChunkTiming:
         """What is wrong with the e in use and what to do, None if it is admissible or nothing was measured."""
         if self.effective_delay_steps < 0 or self.execution_horizon in self.admissible:
             return None
-        advice = "no e fits: make the policy faster or its chunks longer"
+        advice = NO_E_FITS
         if self.admissible:
             advice = f"set execution_horizon to {self.proposed} (allowed {self.admissible[0]} to {self.admissible[-1]})"
         return (

@@ -279,9 +279,14 @@ def make_cell(grid: Grid, row: Row, pair: Pair | None, split: str) -> Cell:
     if row.method == EXPERT:
         return Cell(**values)
     head = row.head if METHODS[row.method].corrected else ""
-    values |= {"execution_horizon": pair[0], "inference_delay": pair[1]}
-    values |= {"inference_delay_jitter": row.inference_delay_jitter}
-    return Cell(**values, policy=row.policy, head=head)
+    return Cell(
+        **values,
+        execution_horizon=pair[0],
+        inference_delay=pair[1],
+        inference_delay_jitter=row.inference_delay_jitter,
+        policy=row.policy,
+        head=head,
+    )
 
 
 def _pair(cell: Cell) -> tuple[int | None, int | None]:

@@ -315,6 +315,10 @@ def _first_pairs(grid: Grid, labels: Sequence[str]) -> list[tuple[str, Pair]]:
     return [(row.label, (row.pairs or grid.pairs)[0]) for row in rows]
 
 
+def _where(execution_horizon: int | None, inference_delay: int | None) -> str:
+    return "" if execution_horizon is None else f"({execution_horizon}, {inference_delay})"
+
+
 def failure_table(results: Results) -> str:
     """How failures look: of the headline rows at Table 1's pairs and of chosen rows, or of every cell."""
     grid, found = results.grid, results.all()
@@ -326,8 +330,7 @@ def failure_table(results: Results) -> str:
     for result in found:
         failures = result.get("failures")
         if failures:
-            pair = (result.get("execution_horizon"), result.get("inference_delay"))
-            where = "" if result["method"] == EXPERT else str(pair)
+            where = _where(result.get("execution_horizon"), result.get("inference_delay"))
             numbers = [str(failures.get(name, 0)) for name in FAILURES]
             lines.append([result["label"], where, str(result["total"]["episodes"]), *numbers])
     key = "; ".join(f"*{name}*: {what}" for name, what in FAILURES.items())
@@ -401,7 +404,7 @@ def left_out_section(results: Results) -> str:
     there: dict[str, list[str]] = {}  # of a row
     open_pairs: dict[str, list[str]] = {}
     for cell in dict.fromkeys(cell for cell, _ in results.cells):
-        where = "" if cell.execution_horizon is None else f"({cell.execution_horizon}, {cell.inference_delay})"
+        where = _where(cell.execution_horizon, cell.inference_delay)
         if have.get(cell.name, 0) >= wanted[cell.name] or cell.name in results.stale:
             there.setdefault(cell.label, []).append(where)
         else:

@@ -163,14 +163,8 @@ class CorrectionController(ManagedNode):
         self.create_service(SetBool, "~/enable", self._on_enable, callback_group=self._inputs)
         # The best-effort subscription alone would hear every publisher, too, but it may lose what a reliable one says.
         for reliability in (ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT):
-            self.create_subscription(
-                Bool,
-                "emergency_stop",
-                partial(self._on_emergency_stop, heard_by=reliability),
-                QoSProfile(depth=STOP_DEPTH, reliability=reliability),
-                callback_group=self._inputs,
-                event_callbacks=SubscriptionEventCallbacks(incompatible_qos=self._on_other_stop_qos),
-            )
+            qos = QoSProfile(depth=STOP_DEPTH, reliability=reliability)
+            self._hear("emergency_stop", self._on_emergency_stop, qos, self._on_other_stop_qos)
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", reliable_qos(10))
         self._configuration_publisher = self.create_publisher(
             ControlConfiguration, "control_configuration", latched_qos(10)
@@ -190,16 +184,21 @@ class CorrectionController(ManagedNode):
             return
         # Drivers say it once and keep it for late joiners, or again and again and not reliably.
         for qos in (latched_qos(1), QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)):
-            self._ready_subscriptions.append(
-                self.create_subscription(
-                    Bool,
-                    topic,
-                    partial(self._on_ready, heard_by=qos.reliability),
-                    qos,
-                    callback_group=self._inputs,
-                    event_callbacks=SubscriptionEventCallbacks(incompatible_qos=lambda event: None),  # the other hears
-                )
-            )
+            heard = self._hear(topic, self._on_ready, qos, on_incompatible=lambda event: None)  # the other one hears it
+            self._ready_subscriptions.append(heard)
+
+    def _hear(
+        self, topic: str, take: Callable[..., None], qos: QoSProfile, on_incompatible: Callable[[object], None]
+    ) -> Subscription:
+        """One of two subscriptions to a topic whose publishers differ in QoS; ``take`` is told which one heard."""
+        return self.create_subscription(
+            Bool,
+            topic,
+            partial(take, heard_by=qos.reliability),
+            qos,
+            callback_group=self._inputs,
+            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=on_incompatible),
+        )
 
     def activate(self) -> None:
         config = self._settings.value

@@ -23,6 +23,7 @@ from std_srvs.srv import SetBool
 
 from a2c2_ros.core.errors import A2C2Error
 from a2c2_ros.core.safety import Reason, State
+from a2c2_ros.core.timing import NO_E_FITS
 from a2c2_ros.msg import ControlStep, EpisodeStatus, PlannerTiming
 from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
 
@@ -92,7 +93,7 @@ class Operator:
         if timing.effective_delay_steps < 0:
             return f"{text}\nd and e: not measured yet, the first chunk after a pause does not count"
         least, most = timing.execution_horizon_min, timing.execution_horizon_max
-        fits = f"e from {least} to {most} fits" if most else "no e fits: make the policy faster or its chunks longer"
+        fits = f"e from {least} to {most} fits" if most else NO_E_FITS
         text += f"\nd={timing.effective_delay_steps} (95% of {timing.window_chunks} chunks): {fits}"
         return f"{text}; execution_horizon is {timing.execution_horizon}"
 
@@ -207,8 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 operator.episode(PHASES[args.phase], args.instruction)
             elif args.command == "instruct":
                 operator.instruct(args.instruction)
-            elif args.command in ("state", "delay"):
-                print(operator.state() if args.command == "state" else operator.delay())
+            elif args.command == "state":
+                print(operator.state())
+            elif args.command == "delay":
+                print(operator.delay())
             elif args.command == "get":
                 for name, value in operator.get(args.node, args.words).items():
                     print(f"{name}: {value}")
