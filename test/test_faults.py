@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from a2c2_ros.core import controller, governor
+from a2c2_ros.core import controller, governor, safety
 from a2c2_ros.core.buffer import ChunkBuffer
 from a2c2_ros.core.config import ControllerConfig, Parameters
 from a2c2_ros.core.controller import CorrectionLoop
@@ -342,6 +342,16 @@ def never_pressed(self, pressed, now_ns, _signal=Latch.emergency_stop):
     _signal(self, False, now_ns)
 
 
+def always_ready(self, ready, detail="", _say=Latch.robot_ready):
+    _say(self, True, detail)
+
+
+def ready_enables(self, ready, *detail, _say=Latch.robot_ready):
+    _say(self, ready, *detail)
+    if ready and self._verdict is not None and self._verdict.detail == safety.READY_AGAIN:
+        self._verdict = None
+
+
 def adds_nan(self, step, *arguments, _correct=CorrectionLoop._correct):
     verdict = _correct(self, step, *arguments)
     if step.action is not None:
@@ -386,6 +396,8 @@ MUTATIONS = {
     "no emergency stop": (replaced(Latch, "emergency_stop", never_pressed), {"latched"}),
     "no signal needed": (replaced(Latch, "watch", lambda self, now_ns: None), {"latched"}),
     "no disable": (replaced(Latch, "disable", lambda self: None), {"latched"}),
+    "the robot's own stop not heard": (replaced(Latch, "robot_ready", always_ready), {"latched"}),
+    "a robot that is ready again enables": (replaced(Latch, "robot_ready", ready_enables), {"latched"}),
     "no enable": (replaced(Latch, "enable", lambda self: None), {"no recovery"}),
     "any command of a person": (replaced(Takeover, "put", any_command), {"finite", STALE, "takeover"}),
     "a command counts for ever": (

@@ -135,20 +135,28 @@ def test_what_the_robot_said_survives_a_configuration_and_another_profile_s_topi
     assert configured_anew(node) == DISABLED and enable(node)[0]
 
 
-def test_both_copies_of_a_message_have_to_say_that_it_executes_commands(node):
+def test_a_reliable_copy_counts_and_a_best_effort_one_alone_can_only_stop(node):
     from rclpy.qos import ReliabilityPolicy
     from std_msgs.msg import Bool
     from test_controller_node import enable
 
-    for heard_by in ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT:
-        node._on_ready(Bool(data=True), heard_by)
+    def says(ready, heard_by):
+        node._on_ready(Bool(data=ready), heard_by)
+
+    reliable, best_effort = ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT
+    says(True, reliable)
+    says(True, best_effort)
     assert enable(node)[0]
-    node._on_ready(Bool(data=False), ReliabilityPolicy.RELIABLE)
-    node._on_ready(Bool(data=True), ReliabilityPolicy.BEST_EFFORT)  # the late copy of an older message
+    says(False, reliable)
+    says(True, best_effort)  # the late copy of an older message
     assert outcome(node._latch) == STOPPED
-    node._on_ready(Bool(data=False), ReliabilityPolicy.BEST_EFFORT)
-    node._on_ready(Bool(data=True), ReliabilityPolicy.RELIABLE)
-    assert outcome(node._latch) == STOPPED
+    says(False, best_effort)
+    says(True, reliable)  # the other copy of this one is lost
+    assert outcome(node._latch) == DISABLED and enable(node)[0]
+    says(False, best_effort)  # of another publisher
+    assert outcome(node._latch) == STOPPED and not enable(node)[0]
+    says(True, best_effort)
+    assert outcome(node._latch) == DISABLED
 
 
 def test_the_rehearsal_of_a_tick_does_not_wait_for_the_robot(node):

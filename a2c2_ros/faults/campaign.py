@@ -16,6 +16,7 @@ EVENTS_PER_EPISODE = 50
 WARM_UP_S = 0.8
 MEAN_GAP_S = 0.5  # between the beginnings of two clusters of events
 STOPPED_BY_ITSELF_S = 0.4  # at least: at full speed the command is farther away then than an arm lags
+EXECUTES_AGAIN_S = 0.2  # nobody enables a robot that says that it executes commands again
 OUTSIDE_S = 0.6  # enabled while the arm is outside its limits: a chunk comes within
 SETTLE_S = 6.0  # after the last event the robot must move again within
 
@@ -416,7 +417,7 @@ def _signal_lost(rig: Rig, rng: np.random.Generator) -> End:
 
 def _enable(rig: Rig) -> None:
     """As a person does who comes after an event: not while another keeps the robot stopped."""
-    if not rig.pressed:
+    if not rig.pressed and not rig.stopped:
         rig.enable()
 
 
@@ -485,10 +486,34 @@ def _stopped_by_itself(rig: Rig, rng: np.random.Generator) -> End:
     return end
 
 
+@_fault("robot says that it stopped")
+def _says_that_it_stopped(rig: Rig, rng: np.random.Generator) -> End:
+    """Protective stop; a robot of the kind that says nothing is only blocked."""
+    end_of_block = _blocked(rig, rng)
+    rig.stopped += 1
+    rig.robot_says()
+    if rng.random() < 0.3:
+        rig.enable()  # must be refused; the judge is told
+
+    def end() -> None:
+        rig.stopped -= 1
+        rig.robot_says()
+        rig.run(EXECUTES_AGAIN_S)
+        end_of_block()
+
+    return end
+
+
 @_fault("controller killed and restarted")
 def _killed(rig: Rig, rng: np.random.Generator) -> End:
     rig.restart_loop()
-    return _nothing
+
+    def end() -> None:
+        rig.robot_says()
+        if rig.kind.reports_ready:  # else it started enabled
+            _enable(rig)
+
+    return end
 
 
 @_fault("controller deactivated and activated")
@@ -546,6 +571,8 @@ def run_episode(result: CampaignResult, events: int, seed: tuple[int, int]) -> R
         correction__on_failure=str(rng.choice(("base", "hold"))),
         emergency_stop_timeout_s=float(rng.choice((0.0, 0.3))),
     )
+    rig.robot_says()
+    rig.enable()
     rig.run(WARM_UP_S)
     active: list[tuple[int, str, End]] = []
     while events or active:
@@ -576,6 +603,7 @@ def run_episode(result: CampaignResult, events: int, seed: tuple[int, int]) -> R
 def _settle(rig: Rig) -> None:
     """A person puts everything right; the robot must move again."""
     rig.signal()
+    rig.robot_says()
     rig.enable()
     rig.run_until(lambda: False, 1.0)
     rig.arm.hand = None

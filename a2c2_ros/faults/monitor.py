@@ -65,6 +65,7 @@ class Rules:
     keep_default: tuple[float, ...] = ()  # their values before the first command
     measured_stream: str = ""  # the stream that tells the position; empty for pose deltas
     following: np.ndarray | None = None  # (A,) float64, largest distance of a moving arm from its command; None: any
+    reports_ready: bool = False  # the robot says whether it executes commands
     lag_s: float = 0.3  # an arm that is farther behind than the way at its limits in this time holds where it is
     max_chunk_age_ns: int = 5_000_000_000
     future_tolerance_ns: int = 50_000_000
@@ -248,6 +249,8 @@ class Judge:
         self._asked = False
         if accepted and self.pressed:
             self._violation("latched", "enabled while the emergency stop is pressed")
+        if accepted and not self.ready:
+            self._violation("latched", "enabled while the robot does not say that it executes commands")
         if accepted:
             self._latched_ns = self._signal_ns = None
 
@@ -260,6 +263,12 @@ class Judge:
         self.pressed = pressed
         self._signal_ns = now_ns
         if pressed:
+            self._latch()
+
+    def robot_ready(self, ready: bool) -> None:
+        """The robot said whether it executes commands."""
+        self.ready = ready
+        if not ready:
             self._latch()
 
     def defect(self) -> None:
@@ -278,6 +287,7 @@ class Judge:
         self._latched_ns: int | None = None if may_move else -(10**18)
         self._asked = False
         self.pressed = False
+        self.ready = not self.rules.reports_ready
         self._signal_ns: int | None = None
         self._forget_data()
         self._known_from_ns = known_from_ns

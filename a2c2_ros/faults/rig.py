@@ -48,6 +48,7 @@ class Kind:
     step: tuple[float | None, ...] | None = None
     velocity: tuple[float | None, ...] | None = None
     following: tuple[float | None, ...] | None = None  # largest distance of a moving arm from its command
+    reports_ready: bool = False  # it says whether it executes commands
 
     @property
     def joints(self) -> int:
@@ -56,19 +57,21 @@ class Kind:
 
 
 _DELTA = Kind("delta", ("x", "y", "yaw", "gripper"), (-1.0,) * 4, (1.0,) * 4, -1.0)
+_POSITION = Kind(
+    "position",
+    ("j1", "j2", "j3", "gripper"),
+    (-1.5, -1.5, -1.5, 0.0),
+    (1.5, 1.5, 1.5, 0.08),
+    0.04,
+    step=(None, None, 0.05, None),
+    velocity=(2.0, 2.0, 3.0, None),
+    following=(0.65, 0.65, 0.5, None),
+)
 KINDS = {
     "pose delta": _DELTA,
     "pose delta, ramped": replace(_DELTA, step=(0.3, 0.3, 0.4, 0.5)),
-    "joint position": Kind(
-        "position",
-        ("j1", "j2", "j3", "gripper"),
-        (-1.5, -1.5, -1.5, 0.0),
-        (1.5, 1.5, 1.5, 0.08),
-        0.04,
-        step=(None, None, 0.05, None),
-        velocity=(2.0, 2.0, 3.0, None),
-        following=(0.65, 0.65, 0.5, None),
-    ),
+    "joint position": _POSITION,
+    "joint position, says whether it executes": replace(_POSITION, reports_ready=True),
 }
 
 
@@ -99,6 +102,7 @@ def make_robot(kind: Kind, simulated: bool) -> Robot:
         ),
         hold=HoldPolicy(kind.hold, len(kind.names), keep=(gripper,), keep_default=(kind.keep_default,)),
         simulated=simulated,
+        reports_ready=kind.reports_ready,
     )
 
 
@@ -121,6 +125,7 @@ def make_rules(kind: Kind, config: ControllerConfig) -> Rules:
         keep=(len(kind.names) - 1,),
         keep_default=(kind.keep_default,),
         measured_stream="joints" if kind.hold == "position" else "",
+        reports_ready=kind.reports_ready,
         **_rules_of(config),
     )
 
@@ -244,6 +249,7 @@ class Rig:
         self.ticks_to_miss = 0
         self.signal_lost = 0
         self.pressed = 0
+        self.stopped = 0  # how many faults keep the robot stopped
         self.head_clock_ns = 0
         self.head_rests_until_ns = -1
         self.stream_faults: dict[str, list[Callable[[Sample], Sample | None]]] = {n: [] for n in SAMPLE_RATES_HZ}
@@ -253,7 +259,8 @@ class Rig:
         self.arm = Arm(kind.joints, self.rng)
         self.last_step: ControlStep | None = None
         self._robot = make_robot(kind, simulated)
-        self.judge = Judge(make_rules(kind, self.config), may_move=simulated)
+        self._starts_enabled = simulated and not kind.reports_ready
+        self.judge = Judge(make_rules(kind, self.config), self._starts_enabled)
         self._totals = _Totals()
         self._phase = self.rng.uniform(0.0, 2 * np.pi, len(kind.names))
         self._speed = self.rng.uniform(0.3, 3.0)
@@ -283,7 +290,7 @@ class Rig:
         """Kill the loop and start it anew; the robot keeps its last command."""
         self._add_totals()
         self._start_loop()
-        self.judge.restarted(may_move=self._robot.simulated)
+        self.judge.restarted(self._starts_enabled)
         self._chunk_due_ns = self.steady_ns
 
     def leave(self) -> None:
@@ -323,6 +330,12 @@ class Rig:
         """The emergency stop sends its state."""
         self.loop.emergency_stop(self.pressed > 0, self.clock_ns)
         self.judge.emergency_stop(self.pressed > 0, self.clock_ns)
+
+    def robot_says(self) -> None:
+        """The robot says whether it executes commands, if it is of the kind that does."""
+        if self.kind.reports_ready:
+            self.loop.latch.robot_ready(not self.stopped)
+            self.judge.robot_ready(not self.stopped)
 
     def take_over(self, command: np.ndarray, stamp_ns: int) -> None:
         """A person commands the robot."""

@@ -476,7 +476,11 @@ class CorrectionController(ManagedNode):
         )
 
     def _on_ready(self, message: Bool, heard_by: ReliabilityPolicy) -> None:
-        self._said_ready[heard_by] = message.data  # as of the emergency stop: both copies have to say so
+        # Reliable copies come all and in order, so the newest of them says how it is. A best-effort one alone can only
+        # stop: it may be a late one, or another publisher's.
+        if heard_by == ReliabilityPolicy.RELIABLE:
+            self._said_ready = {}
+        self._said_ready[heard_by] = message.data
         self._post(partial(self._latch.robot_ready, all(self._said_ready.values())))
 
     def _on_takeover(self, message: JointState) -> None:
