@@ -1,5 +1,6 @@
 """The LIBERO environment: repeatable to the bit, images as a person sees them, clear errors."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -139,6 +140,26 @@ def test_simplified_meshes_look_as_the_full_ones(env, tmp_path):
             patches = full[name].reshape(16, 8, 16, 8, 3).mean(axis=(1, 3))
             ours = observation[name].reshape(16, 8, 16, 8, 3).mean(axis=(1, 3))
             assert np.abs(patches - ours).max() < 30
+
+
+def test_what_is_left_out_of_physics_and_drawing_changes_no_bit(env, monkeypatch):
+    def seen():
+        env.reset(5, 2)
+        rng, action, arrays = np.random.default_rng(0), np.zeros(7), []
+        for step in range(48):  # down to the table, the wrist turned, the fingers opened and closed
+            action = 0.7 * action + rng.normal(0.0, 0.4, 7)
+            action[2] -= 0.3 if step < 24 else 0.0
+            observation, _ = env.step(action, look=step % 6 == 5)
+            arrays += [*observation.values(), env._data.qpos.copy(), env._data.qvel.copy()]
+        return arrays
+
+    ours = seen()
+    drawn = env._renderer.scene.ngeom
+    monkeypatch.setattr(libero_env, "SinglePass", lambda sim: contextlib.nullcontext())
+    monkeypatch.setattr(env._culling, "apply", lambda data, camera: None)
+    env._model.geom_group[env._culling._geoms] = env._culling._groups
+    assert all(np.array_equal(a, b) for a, b in zip(ours, seen(), strict=True))
+    assert drawn < 0.5 * env._renderer.scene.ngeom, "the wrist sees less than half of the scene"
 
 
 def test_a_step_without_a_look_has_the_images_of_the_last(env):

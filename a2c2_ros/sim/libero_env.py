@@ -11,7 +11,9 @@ import numpy as np
 
 from a2c2_ros.core.errors import SimulationError
 from a2c2_ros.sim import conventions as c
+from a2c2_ros.sim.culling import HIDDEN, ViewCulling
 from a2c2_ros.sim.meshes import simplify_meshes
+from a2c2_ros.sim.single_pass import SinglePass
 
 with contextlib.redirect_stdout(io.StringIO()):  # the benchmark reports its task lists on import
     from libero.libero.benchmark import get_benchmark
@@ -144,7 +146,7 @@ class LiberoEnv:
         robot.controller.update(force=True)
         robot.controller.reset_goal()
         for _ in range(c.SETTLE_STEPS):
-            env.step(c.IDLE_ACTION)
+            self._advance(c.IDLE_ACTION)
         self._motion = None if self.motion == "none" else _PlateMotion(self, self.motion, np.random.default_rng(seed))
         observation = self.observe()
         self._check_frames(observation)
@@ -171,8 +173,8 @@ class LiberoEnv:
             raise SimulationError(f"the action is not finite: {action.tolist()}")
         if self._motion is not None:
             self._motion.advance()
-        _, _, success, _ = self._env.step(np.clip(action, c.ACTION_LOW, c.ACTION_HIGH))
-        return self.observe(look), bool(success)
+        success = self._advance(np.clip(action, c.ACTION_LOW, c.ACTION_HIGH))
+        return self.observe(look), success
 
     def observe(self, look: bool = True) -> dict[str, np.ndarray]:
         """Returns the observation of the present state, see the class; ``look`` as in :meth:`step`."""
@@ -186,6 +188,7 @@ class LiberoEnv:
         }
         if self._renderer is not None and look:
             for name, camera in c.LIBERO_CAMERAS.items():
+                self._culling.apply(self._data, camera)
                 self._renderer.update_scene(self._data, camera=camera, scene_option=self._scene_option)
                 self._images[name] = self._renderer.render()
         return observation | self._images
@@ -245,10 +248,17 @@ class LiberoEnv:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def _advance(self, action: np.ndarray) -> bool:
+        """One control period; True if the goal holds after it."""
+        with SinglePass(self._env.sim):
+            _, _, success, _ = self._env.step(action)
+        return bool(success)
+
     def _make_renderer(self) -> mujoco.Renderer:
         self._model.vis.quality.offsamples = 0
         self._scene_option = mujoco.MjvOption()
-        self._scene_option.geomgroup[0] = 0  # collision shapes
+        self._scene_option.geomgroup[HIDDEN] = 0
+        self._culling = ViewCulling(self._model, c.LIBERO_CAMERAS.values())
         renderer = mujoco.Renderer(self._model, self.image_size, self.image_size)
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
