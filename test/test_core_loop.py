@@ -225,10 +225,12 @@ class FixedHead:
         return self.residual
 
 
-def corrected(residual, **config):
-    loop = CorrectionLoop(
-        ControllerConfig(**config), make_robot(), FixedHead(residual), monotonic_ns=iter([5, 9]).__next__
-    )
+def corrected(residual, trained=(), **config):
+    from test_core_data import make_manifest
+
+    head = FixedHead(residual)
+    head.manifest = make_manifest(residual_range=trained)
+    loop = CorrectionLoop(ControllerConfig(**config), make_robot(), head, monotonic_ns=iter([5, 9]).__next__)
     loop.install(make_chunk(T0, latent=np.full(4, 7.0)), T0)
     return loop, loop.tick(T0 + 2 * STEP_NS, make_observation(T0 + 2 * STEP_NS))
 
@@ -258,6 +260,24 @@ def test_a_bad_residual_leaves_the_base_action(residual, reason):
     _, step = corrected(residual)
     assert (step.state, step.reason) == (State.BASE_ONLY, reason)
     assert np.array_equal(step.command, step.base_action)
+
+
+@pytest.mark.parametrize(
+    ("residual", "margin", "says"),
+    [
+        ([0.19, -0.019, 0.0], 2.0, ""),
+        ([0.0, -0.021, 0.0], 2.0, "y: -0.021, allowed are +-0.02"),
+        ([0.25, 0.0, 0.0], 2.0, "x: 0.25, allowed are +-0.2"),
+        ([0.25, 0.0, 0.0], 3.0, ""),
+        ([0.0, 0.0, 0.1], 3.0, "gripper: 0.1, allowed are +-0"),
+        ([4.5, 0.0, 0.0], 100.0, "x: 4.5, allowed are +-4"),
+    ],
+)
+def test_a_residual_far_beyond_those_of_the_training_is_refused_per_channel(residual, margin, says):
+    _, step = corrected(residual, trained=(0.1, 0.01, 0.0), residual_margin=margin)
+    assert step.reason == (Reason.RESIDUAL_TOO_LARGE if says else Reason.NONE)
+    assert step.state == (State.BASE_ONLY if says else State.RUNNING)
+    assert step.detail == says
 
 
 def test_correction_can_be_switched_between_ticks():

@@ -144,6 +144,8 @@ def test_missing_damaged_and_foreign_files_are_refused(exported, tmp_path):
         ({MANIFEST_KEY: "{"}, "not JSON"),
         ({MANIFEST_KEY: dataclasses.replace(manifest, latent_size=17).to_json()}, "its manifest says"),
         ({MANIFEST_KEY: dataclasses.replace(manifest, output="action").to_json()}, "output"),
+        ({MANIFEST_KEY: dataclasses.replace(manifest, residual_range=(0.1,)).to_json()}, "residual_range is .0.1."),
+        ({MANIFEST_KEY: dataclasses.replace(manifest, residual_range=(0.1, -1.0, 1.0)).to_json()}, "residual_range"),
     ):
         del model.metadata_props[:]
         onnx.helper.set_model_props(model, properties)
@@ -192,5 +194,5 @@ def test_head_file_round_trip(tmp_path):
 
 
 def test_manifest_survives_json(exported):
-    manifest = exported[2]
+    manifest = dataclasses.replace(exported[2], residual_range=(0.1, 0.0, 2.0))
     assert HeadManifest.from_json(manifest.to_json(), "test") == manifest

@@ -599,7 +599,9 @@ def test_options_train_and_are_recorded(policy, tmp_path, architecture, options,
     assert record["data_sets"] == [first.data_hash, second.data_hash] and record["data"]["frames"] == len(data)
     last = record["history"][-1]
     assert {"error", "base_error", "error_0", "error_data0", "error_data1"} <= set(last)
-    export(trained, samples(), tmp_path / "head.onnx")
+    manifest = export(trained, samples(), tmp_path / "head.onnx")
+    assert manifest.residual_range == trained.config.residual_range
+    assert len(manifest.residual_range) == (0 if trained.config.reactive else 3)
 
 
 def test_reactive_learns_the_action_and_a_head_the_correction(policy, tmp_path):
@@ -615,6 +617,18 @@ def test_reactive_learns_the_action_and_a_head_the_correction(policy, tmp_path):
         _, record = run(data, chunks, head, tmp_path / name, HeadRecipe(draws=1), loop)
         last = record["history"][-1]
         assert last["base_error"] > 0.4 and last["error"] < 0.5 * last["base_error"], name
+
+
+def test_a_head_knows_the_largest_residual_of_all_its_trainings(policy, tmp_path):
+    data = demonstrations(lengths=(40,) * 6)
+    label = data.chunks(np.arange(len(data)), HORIZON)[0]
+    head, found = head_for(policy, "compact"), []
+    for number, missing in enumerate(([0.1, 0.5, 0.0], [0.2, -0.3, 0.0])):
+        chunks = dataclasses.replace(base_chunks(data, views=1), actions=np.float32([label - missing]))
+        head, _ = run(data, chunks, head, tmp_path / str(number), HeadRecipe(draws=1))
+        found.append(head.config.residual_range)
+    assert found[0] == pytest.approx((0.1, 0.5, 0.0), abs=1e-5)
+    assert found[1] == pytest.approx((0.2, 0.5, 0.0), abs=1e-5)
 
 
 def test_mismatch_needs_cached_chunks(policy, tmp_path):

@@ -209,6 +209,12 @@ class ControllerConfig(Parameters):
     residual_limit: float = parameter(
         4.0, "Largest plausible residual of a channel [action units]; beyond it the head has failed", low=0.0, high=1e6
     )
+    residual_margin: float = parameter(
+        2.0,
+        "The same in multiples of the largest residual of the head's training, per channel, if its file has it",
+        low=0.0,
+        high=1e6,
+    )
     action_margin: float = parameter(
         1.0,
         "How far a chunk's actions may lie outside the limits, in widths of the limits; beyond it the chunk is refused",

@@ -127,6 +127,9 @@ class CorrectionLoop:
         self._gate.configure(config)
         self._governor.halt_steps = config.halt_steps
         self._head = head
+        self._residual_limit = np.full(len(self._robot.action_names), config.residual_limit)
+        if trained := getattr(getattr(head, "manifest", None), "residual_range", ()):
+            np.minimum(self._residual_limit, config.residual_margin * np.array(trained), out=self._residual_limit)
         self._checked = None
         self._head_rests_until_ns = 0
 
@@ -443,8 +446,13 @@ class CorrectionLoop:
         if residual.shape != step.base_action.shape or not np.isfinite(residual).all():
             return self._failed(Reason.HEAD_NOT_FINITE, f"residual {residual.tolist()}")
         step.residual = residual.astype(np.float32)
-        if np.abs(residual).max() > self._config.residual_limit:
-            return self._failed(Reason.RESIDUAL_TOO_LARGE, f"residual {residual.tolist()}")
+        if (beyond := np.abs(residual) > self._residual_limit).any():
+            channel = int(np.argmax(beyond))
+            return self._failed(
+                Reason.RESIDUAL_TOO_LARGE,
+                f"{self._robot.action_names[channel]}: {residual[channel]:.4g}, allowed are "
+                f"+-{self._residual_limit[channel]:.4g}",
+            )
         deadline_ns = self._config.head_deadline_ns
         if deadline_ns is not None and step.head_ns > deadline_ns:
             retry_ns = round(self._config.correction__retry_after_s * 1e9)

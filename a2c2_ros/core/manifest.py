@@ -36,6 +36,7 @@ class HeadManifest:
     parity_max_abs_error: float = 0.0  # ONNX Runtime against torch with float32 weights, action units
     parameters: int = 0
     tokens: Mapping[str, int] = field(default_factory=dict)  # camera -> size of the graph's tensor tokens_<camera>
+    residual_range: tuple[float, ...] = ()  # (A,) largest of its training [action units]; empty: not known
     weights: str = "float32"  # of the graph: "float32", "int8" or "float16", see heads.quantise
     version: int = MANIFEST_VERSION
 
@@ -52,8 +53,8 @@ class HeadManifest:
             origin: Where it comes from (a file name), for the error message.
 
         Raises:
-            ManifestError: If the text is not JSON, a field is missing or unknown, or the version, output meaning or
-                time feature is not the one that this package computes.
+            ManifestError: If the text is not JSON, a field is missing or unknown, the version, output meaning or time
+                feature is not the one that this package computes, or the residual range is none.
         """
         try:
             data = json.loads(text)
@@ -71,6 +72,7 @@ class HeadManifest:
             data["tokens"] = {str(name): int(size) for name, size in data.get("tokens", {}).items()}
             data["action_names"] = tuple(str(name) for name in data["action_names"])
             data["state_names"] = tuple(str(name) for name in data["state_names"])
+            data["residual_range"] = tuple(float(value) for value in data.get("residual_range", ()))
             for name in ("horizon", "step_ns", "latent_size", "language_size", "version"):
                 data[name] = int(data.get(name, known[name].default))
         except (TypeError, ValueError, AttributeError) as error:
@@ -84,6 +86,11 @@ class HeadManifest:
             value = getattr(manifest, name)
             if value != expected:
                 raise ManifestError(f"{origin}: manifest {name} is {value!r}, allowed is {expected!r}")
+        values, size = manifest.residual_range, len(manifest.action_names)
+        if values and not (len(values) == size and all(0.0 <= value < float("inf") for value in values)):
+            raise ManifestError(
+                f"{origin}: manifest residual_range is {list(values)}, allowed are {size} finite values of 0 or more"
+            )
         return manifest
 
     def check_chunk(self, chunk: ActionChunk) -> None:

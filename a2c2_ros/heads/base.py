@@ -46,10 +46,11 @@ class HeadConfig:
     without: tuple[str, ...] = ()  # of ABLATIONS: the graph puts zeros in their place; without images: no cameras
     residual_limit: float = 0.0  # largest residual [action units], by tanh; 0: none
     reactive: bool = False  # control: the action from the newest observation alone; the residual leads to it
+    residual_range: tuple[float, ...] = ()  # (A,) largest of the training [action units]; empty: not known
     clock: bool = False  # a reactive head gets the chunk's slot and latent all the same, which tell the time
 
     def __post_init__(self) -> None:
-        for name in ("action_names", "state_names", "cameras", "without"):
+        for name in ("action_names", "state_names", "cameras", "without", "residual_range"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if unknown := [name for name in self.without if name not in ABLATIONS]:
             raise ConfigError(f"without names {unknown}, allowed are {list(ABLATIONS)}")
@@ -305,6 +306,7 @@ def manifest_of(head: Head) -> HeadManifest:
         training_data_hash=config.training_data_hash,
         parameters=sum(p.numel() for p in head.parameters()),
         tokens=dict.fromkeys(config.cameras, head.token_size),
+        residual_range=config.residual_range,
     )
 
 

@@ -36,6 +36,7 @@ from a2c2_ros.training.train_policy import SLOT_RANGE, VALIDATION_FRAMES, descri
 
 VALIDATION_DRAWS = 8  # slots per frame
 VALIDATION_BATCH = 128  # frames
+RANGE_SAMPLES = 100_000
 PAPER_STEPS = 200_000
 MIN_LATENT_STD = 0.01  # in means of the latent's standard deviations; what hardly varies is not blown up
 
@@ -412,6 +413,23 @@ def draw_bases(
     return action, np.where(executed, chunks.slot[frames], k), latent
 
 
+def residual_range(
+    data: Demonstrations, chunks: BaseChunks, recipe: HeadRecipe, frames: np.ndarray, of_task: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """Largest residual of each channel that a head is trained to return, (A,) float32 in action units.
+
+    Args:
+        data: Demonstrations.
+        chunks: Of their frames.
+        recipe: How samples are drawn.
+        frames: Of the training.
+        of_task: As of :func:`draw_bases`.
+    """
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(frames, RANGE_SAMPLES)
+    return np.abs(data.action[drawn] - draw_bases(data, chunks, recipe, drawn, rng, of_task)[0]).max(axis=0)
+
+
 def train_head(
     data: Demonstrations,
     chunks: BaseChunks,
@@ -467,6 +485,11 @@ def train_head(
     of_task = [cached[data.task[cached] == task] for task in range(len(data.instructions))]
     if recipe.mismatch and not all(len(frames) for frames in of_task):
         raise ConfigError(f"mismatch is {recipe.mismatch}, without cached chunks of every task only 0 is allowed")
+    if not head.config.reactive:  # its residual leads from any base action to its own, however far they are apart
+        largest = residual_range(data, chunks, recipe, training, of_task)
+        if head.config.residual_range:
+            largest = np.maximum(largest, head.config.residual_range)
+        head.config = dataclasses.replace(head.config, residual_range=[round(float(v), 6) for v in largest])
     seen = dataclasses.replace(data, frames={name: data.frames[name] for name in head.config.cameras})
     taus = np.stack([time_feature(k, horizon) for k in range(horizon)])
     validated = dataclasses.replace(recipe, slots=None, mismatch=0.0)
