@@ -211,7 +211,7 @@ class ControllerConfig(Parameters):
     )
     residual_margin: float = parameter(
         2.0,
-        "The same in multiples of the largest residual of the head's training, per channel, if its file has it",
+        "Largest plausible residual in multiples of the largest of the head's training, per channel, if it is known",
         low=0.0,
         high=1e6,
     )

@@ -36,7 +36,7 @@ class HeadManifest:
     parity_max_abs_error: float = 0.0  # ONNX Runtime against torch with float32 weights, action units
     parameters: int = 0
     tokens: Mapping[str, int] = field(default_factory=dict)  # camera -> size of the graph's tensor tokens_<camera>
-    residual_range: tuple[float, ...] = ()  # (A,) largest of its training [action units]; empty: not known
+    residual_range: tuple[float, ...] = ()  # (A,) largest residuals of its training [action units]; empty: not known
     weights: str = "float32"  # of the graph: "float32", "int8" or "float16", see heads.quantise
     version: int = MANIFEST_VERSION
 

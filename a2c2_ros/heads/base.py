@@ -45,8 +45,8 @@ class HeadConfig:
     training_data_hash: str = ""
     without: tuple[str, ...] = ()  # of ABLATIONS: the graph puts zeros in their place; without images: no cameras
     residual_limit: float = 0.0  # largest residual [action units], by tanh; 0: none
+    residual_range: tuple[float, ...] = ()  # (A,) largest residuals of the training [action units]; empty: not known
     reactive: bool = False  # control: the action from the newest observation alone; the residual leads to it
-    residual_range: tuple[float, ...] = ()  # (A,) largest of the training [action units]; empty: not known
     clock: bool = False  # a reactive head gets the chunk's slot and latent all the same, which tell the time
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ from a2c2_ros.training.train_policy import SLOT_RANGE, VALIDATION_FRAMES, descri
 VALIDATION_DRAWS = 8  # slots per frame
 VALIDATION_BATCH = 128  # frames
 RANGE_SAMPLES = 100_000
+MIN_RANGE = 0.1  # [standard deviations of the action] a head is not exactly 0 where the base policy never errs
 PAPER_STEPS = 200_000
 MIN_LATENT_STD = 0.01  # in means of the latent's standard deviations; what hardly varies is not blown up
 
@@ -487,6 +488,7 @@ def train_head(
         raise ConfigError(f"mismatch is {recipe.mismatch}, without cached chunks of every task only 0 is allowed")
     if not head.config.reactive:  # its residual leads from any base action to its own, however far they are apart
         largest = residual_range(data, chunks, recipe, training, of_task)
+        largest = np.maximum(largest, MIN_RANGE * head.action_std.cpu().numpy())
         if head.config.residual_range:
             largest = np.maximum(largest, head.config.residual_range)
         head.config = dataclasses.replace(head.config, residual_range=[round(float(v), 6) for v in largest])
