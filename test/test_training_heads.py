@@ -630,6 +630,9 @@ def test_a_head_knows_the_largest_residual_of_all_its_trainings(policy, tmp_path
     least = 0.1 * head.action_std[2].item()
     assert found[0] == pytest.approx((0.1, 0.5, least), abs=1e-5) and least < 0.2
     assert found[1] == pytest.approx((0.2, 0.5, least), abs=1e-5)
+    head.config = dataclasses.replace(head.config, residual_range=())
+    trained = train_head(data, chunks, head, LOOP, tmp_path / "older", 0.3, HeadRecipe(draws=1), init="abc")
+    assert trained.config.residual_range == (), "what it was trained on before is not known"
 
 
 def test_mismatch_needs_cached_chunks(policy, tmp_path):

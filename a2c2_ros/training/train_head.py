@@ -486,7 +486,9 @@ def train_head(
     of_task = [cached[data.task[cached] == task] for task in range(len(data.instructions))]
     if recipe.mismatch and not all(len(frames) for frames in of_task):
         raise ConfigError(f"mismatch is {recipe.mismatch}, without cached chunks of every task only 0 is allowed")
-    if not head.config.reactive:  # its residual leads from any base action to its own, however far they are apart
+    # A reactive head's residual leads from any base action to its own, however far they are apart; and of a head that
+    # was trained before, on what is not known, it stays unknown.
+    if not head.config.reactive and (not init or head.config.residual_range):
         largest = residual_range(data, chunks, recipe, training, of_task)
         largest = np.maximum(largest, MIN_RANGE * head.action_std.cpu().numpy())
         if head.config.residual_range:
