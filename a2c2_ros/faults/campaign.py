@@ -509,9 +509,8 @@ def _killed(rig: Rig, rng: np.random.Generator) -> End:
     rig.restart_loop()
 
     def end() -> None:
-        rig.robot_says()
-        if rig.kind.reports_ready:  # else it started enabled
-            _enable(rig)
+        if not rig.pressed and not rig.stopped:
+            rig.start()
 
     return end
 
@@ -571,8 +570,7 @@ def run_episode(result: CampaignResult, events: int, seed: tuple[int, int]) -> R
         correction__on_failure=str(rng.choice(("base", "hold"))),
         emergency_stop_timeout_s=float(rng.choice((0.0, 0.3))),
     )
-    rig.robot_says()
-    rig.enable()
+    rig.start()
     rig.run(WARM_UP_S)
     active: list[tuple[int, str, End]] = []
     while events or active:

@@ -26,6 +26,7 @@ class CoreBench:
             for rate_hz in rates_hz:
                 rig = Rig(kind, control_rate_hz=rate_hz, **({"horizon": round(2 * rate_hz)} | parameters))
                 self.judges.append(rig.judge)
+                rig.start()
                 must(_moves(rig), "a new loop moves")
                 rig.run(0.5)
                 yield rig

@@ -286,6 +286,12 @@ class Rig:
         self.chunk_id = 0
         self._chunk_due_ns = self.steady_ns
 
+    def start(self) -> None:
+        """A robot of the kind that says whether it executes commands says so, and a person enables the loop."""
+        if self.kind.reports_ready:
+            self.robot_says()
+            self.enable()
+
     def restart_loop(self) -> None:
         """Kill the loop and start it anew; the robot keeps its last command."""
         self._add_totals()
