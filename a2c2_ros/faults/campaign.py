@@ -417,8 +417,12 @@ def _signal_lost(rig: Rig, rng: np.random.Generator) -> End:
 
 def _enable(rig: Rig) -> None:
     """As a person does who comes after an event: not while another keeps the robot stopped."""
-    if not rig.pressed and not rig.stopped:
+    if _may_run(rig):
         rig.enable()
+
+
+def _may_run(rig: Rig) -> bool:
+    return not rig.pressed and not rig.stopped
 
 
 @_fault("moved by hand while stopped")
@@ -509,7 +513,7 @@ def _killed(rig: Rig, rng: np.random.Generator) -> End:
     rig.restart_loop()
 
     def end() -> None:
-        if not rig.pressed and not rig.stopped:
+        if _may_run(rig):
             rig.start()
 
     return end
