@@ -33,7 +33,7 @@ from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.safety import Reason, State
 from a2c2_ros.core.timing import Tick
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.nodes import correction_controller
+from a2c2_ros.nodes import correction_controller, handover, head_loader
 from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state, array_to_pose, chunk_to_message, to_ns
 from a2c2_ros.nodes.correction_controller import CorrectionController
 from a2c2_ros.nodes.observation_source import ObservationSource
@@ -86,8 +86,12 @@ def peer_of(node):
 
 
 def enable(node, value=True):
-    response = node._on_enable(SetBool.Request(data=value), SetBool.Response())
+    response = node._permission.on_enable(SetBool.Request(data=value), SetBool.Response())
     return response.success, response.message
+
+
+def emergency_stop(node, pressed, heard_by=ReliabilityPolicy.RELIABLE):
+    node._permission.on_emergency_stop(Bool(data=pressed), heard_by)
 
 
 def configured_anew(node):
@@ -103,11 +107,11 @@ def configured_anew(node):
 
 def test_a_pressed_emergency_stop_and_its_latch_survive_cleanup():
     with controller() as node:
-        node._on_emergency_stop(Bool(data=True))
+        emergency_stop(node, True)
         assert configured_anew(node) == (State.STOPPED, Reason.EMERGENCY_STOP)
         accepted, text = enable(node)
         assert not accepted and "pressed" in text
-        node._on_emergency_stop(Bool(data=False))
+        emergency_stop(node, False)
         assert configured_anew(node) == (State.STOPPED, Reason.EMERGENCY_STOP), "a release does not enable"
         assert enable(node)[0]
         assert configured_anew(node) is None
@@ -120,10 +124,10 @@ def test_stop_and_disable_are_heard_while_nothing_is_configured():
         node.trigger_cleanup()
         accepted, text = enable(node)
         assert not accepted and "not configured" in text
-        node._on_emergency_stop(Bool(data=True))
+        emergency_stop(node, True)
         node.trigger_configure()
         assert not enable(node)[0]
-        node._on_emergency_stop(Bool(data=False))
+        emergency_stop(node, False)
         assert enable(node)[0]
         node.trigger_cleanup()
         assert enable(node, False)[0]
@@ -151,7 +155,7 @@ def test_the_emergency_stop_of_a_reliable_and_of_a_best_effort_publisher_is_hear
             return enable(node)[0]
 
         until(latched)
-        assert node._latch.verdict.reason == Reason.EMERGENCY_STOP and not enable(node)[0]
+        assert node._permission.latch.verdict.reason == Reason.EMERGENCY_STOP and not enable(node)[0]
         until(released)
         assert not node._loop.latched
     log = capfd.readouterr().err
@@ -163,12 +167,12 @@ def test_a_late_copy_of_a_release_does_not_undo_a_newer_press():
     with controller() as node:
         # A release and a press of one reliable publisher; of the second copies the press is lost.
         for pressed, heard_by in ((False, reliable), (True, reliable), (False, best_effort)):
-            node._on_emergency_stop(Bool(data=pressed), heard_by)
+            emergency_stop(node, pressed, heard_by)
         assert node._loop.latched and not enable(node)[0]
-        node._on_emergency_stop(Bool(data=True), best_effort)
-        node._on_emergency_stop(Bool(data=False), reliable)
+        emergency_stop(node, True, best_effort)
+        emergency_stop(node, False, reliable)
         assert not enable(node)[0]
-        node._on_emergency_stop(Bool(data=False), best_effort)
+        emergency_stop(node, False, best_effort)
         assert enable(node)[0]
 
 
@@ -184,7 +188,7 @@ def test_a_press_is_not_pushed_out_by_what_came_after_it_while_the_executor_was_
 
 @pytest.mark.parametrize("way", ["disable", "emergency stop"])
 def test_a_stop_is_not_lost_when_the_loop_answers_late(way, monkeypatch):
-    monkeypatch.setattr(correction_controller, "ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(handover, "ANSWER_TIMEOUT_S", 0.2)
     inside, may_go = threading.Event(), threading.Event()
     with controller() as node:
         assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
@@ -208,8 +212,8 @@ def test_a_stop_is_not_lost_when_the_loop_answers_late(way, monkeypatch):
                 accepted, text = enable(node, False)
                 assert not accepted and "NOT STOPPED YET" in text and "as soon as it does" in text
             else:
-                node._on_emergency_stop(Bool(data=True))
-                node._on_emergency_stop(Bool(data=False))
+                emergency_stop(node, True)
+                emergency_stop(node, False)
             accepted, text = enable(node)
             assert not accepted and "nothing was changed" in text
             assert not node._loop.latched
@@ -239,10 +243,10 @@ def test_what_the_loop_has_begun_in_time_is_told_as_it_ends(monkeypatch):
         assert may_end.wait(WAIT_S)
         return "done"
 
-    monkeypatch.setattr(correction_controller, "ConcurrentFuture", Impatient)
+    monkeypatch.setattr(handover, "Future", Impatient)
     with controller() as node:
         assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
-        assert node._ask(slow, keep=False) == "done"
+        assert node._handover.ask(slow, keep=False) == "done"
 
 
 # --- profiles --------------------------------------------------------------------------------------------------------
@@ -340,9 +344,9 @@ class Loading:
     def __init__(self, monkeypatch):
         self.loaded, self.may_end = [], threading.Event()
         self._node = None
-        monkeypatch.setattr(correction_controller, "OnnxHead", self._load)
+        monkeypatch.setattr(head_loader, "OnnxHead", self._load)
         monkeypatch.setattr(
-            correction_controller, "model_path", lambda name: name if name.startswith("head") else model_path(name)
+            head_loader, "model_path", lambda name: name if name.startswith("head") else model_path(name)
         )
 
     def _load(self, path, threads, device):
@@ -680,7 +684,7 @@ class PreparingHead:
 
 def test_the_images_of_a_correction_were_prepared_before_with_the_language_of_its_chunk(monkeypatch, manifest):
     head = PreparingHead(manifest)
-    monkeypatch.setattr(correction_controller, "OnnxHead", lambda *_, **__: head)
+    monkeypatch.setattr(head_loader, "OnnxHead", lambda *_, **__: head)
     libero = {"robot": "libero", "correction__enabled": True, "rearm_after_s": 0.0}
     libero |= {"correction__model_path": "compact_libero_spatial/head.onnx"}
     with controller(**libero, **ON_A_CLOCK) as node, peer_of(node) as (peer, until):

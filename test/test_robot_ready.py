@@ -110,13 +110,13 @@ def test_the_driver_is_heard_whether_it_keeps_what_it_said_or_not(node, latched)
             publisher.publish(Bool(data=True))
         else:
             until(lambda: publisher.get_subscription_count())
-            until(lambda: publisher.publish(Bool(data=True)) or node._said_ready)
-        until(lambda: outcome(node._latch) == DISABLED)
+            until(lambda: publisher.publish(Bool(data=True)) or node._permission._said_ready)
+        until(lambda: outcome(node._permission.latch) == DISABLED)
         assert enable(node)[0]
-        until(lambda: publisher.publish(Bool(data=False)) or outcome(node._latch) == STOPPED)
+        until(lambda: publisher.publish(Bool(data=False)) or outcome(node._permission.latch) == STOPPED)
         accepted, text = enable(node)
         assert not accepted and "executes no commands" in text
-        until(lambda: publisher.publish(Bool(data=True)) or outcome(node._latch) == DISABLED)
+        until(lambda: publisher.publish(Bool(data=True)) or outcome(node._permission.latch) == DISABLED)
         assert enable(node)[0]
 
 
@@ -125,12 +125,12 @@ def test_what_the_robot_said_survives_a_configuration_and_another_profile_s_topi
     from std_msgs.msg import Bool
     from test_controller_node import configured_anew, enable
 
-    node._on_ready(Bool(data=True), ReliabilityPolicy.RELIABLE)
+    node._permission.on_ready(Bool(data=True), ReliabilityPolicy.RELIABLE)
     assert enable(node)[0] and configured_anew(node) is None
     entries = yaml.safe_load(profile.read_text())
     profile.write_text(yaml.dump(entries | {"ready": {"topic": "another"}}, sort_keys=False))
     assert configured_anew(node) == STOPPED
-    assert [subscription.topic_name for subscription in node._ready_subscriptions] == ["/another"] * 2
+    assert [subscription.topic_name for subscription in node._permission._ready_subscriptions] == ["/another"] * 2
     profile.write_text(yaml.dump({k: v for k, v in entries.items() if k != "ready"}, sort_keys=False))
     assert configured_anew(node) == DISABLED and enable(node)[0]
 
@@ -141,7 +141,7 @@ def test_a_reliable_copy_counts_and_a_best_effort_one_alone_can_only_stop(node):
     from test_controller_node import enable
 
     def says(ready, heard_by):
-        node._on_ready(Bool(data=ready), heard_by)
+        node._permission.on_ready(Bool(data=ready), heard_by)
 
     reliable, best_effort = ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT
     says(True, reliable)
@@ -149,14 +149,14 @@ def test_a_reliable_copy_counts_and_a_best_effort_one_alone_can_only_stop(node):
     assert enable(node)[0]
     says(False, reliable)
     says(True, best_effort)  # the late copy of an older message
-    assert outcome(node._latch) == STOPPED
+    assert outcome(node._permission.latch) == STOPPED
     says(False, best_effort)
     says(True, reliable)  # the other copy of this one is lost
-    assert outcome(node._latch) == DISABLED and enable(node)[0]
+    assert outcome(node._permission.latch) == DISABLED and enable(node)[0]
     says(False, best_effort)  # of another publisher
-    assert outcome(node._latch) == STOPPED and not enable(node)[0]
+    assert outcome(node._permission.latch) == STOPPED and not enable(node)[0]
     says(True, best_effort)
-    assert outcome(node._latch) == DISABLED
+    assert outcome(node._permission.latch) == DISABLED
 
 
 def test_the_rehearsal_of_a_tick_does_not_wait_for_the_robot(node):

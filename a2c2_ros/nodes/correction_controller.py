@@ -7,31 +7,23 @@ import json
 import sys
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future as ConcurrentFuture
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import ClockType
-from rclpy.event_handler import SubscriptionEventCallbacks
-from rclpy.qos import QoSProfile, ReliabilityPolicy
-from rclpy.subscription import Subscription
 from rclpy.task import Future
 from sensor_msgs.msg import JointState
-from std_msgs.msg import Bool, Header
-from std_srvs.srv import SetBool
+from std_msgs.msg import Header
 
 from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import ControlStep, CorrectionLoop
-from a2c2_ros.core.errors import ChunkError, ObservationError, StateError
+from a2c2_ros.core.errors import ChunkError, ObservationError
 from a2c2_ros.core.health import LoopHealth
 from a2c2_ros.core.observation import Observation
-from a2c2_ros.core.safety import MOVING, NEVER_HEARD, Latch, Reason, State, Verdict
+from a2c2_ros.core.safety import MOVING, Reason, State, Verdict
 from a2c2_ros.core.timing import StepTiming, Tick, TickGrid
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.heads.onnx_head import OnnxHead
@@ -47,7 +39,10 @@ from a2c2_ros.nodes.conversions import (
     to_time,
 )
 from a2c2_ros.nodes.diagnostics import diagnostics_of
+from a2c2_ros.nodes.handover import Handover
+from a2c2_ros.nodes.head_loader import HeadLoader
 from a2c2_ros.nodes.observation_source import ObservationSource
+from a2c2_ros.nodes.permission import Permission
 from a2c2_ros.nodes.realtime import TickThread, become_normal, become_realtime
 from a2c2_ros.nodes.runtime import (
     EdgeLog,
@@ -58,32 +53,21 @@ from a2c2_ros.nodes.runtime import (
     reliable_qos,
     run,
 )
-from a2c2_ros.paths import model_path
 
 GIL_SWITCH_INTERVAL_S = 0.00003
 """After this time a tick takes the interpreter from a callback that is computing; Python's default is 5 ms."""
 PREPARATION_LONGEST_S = 0.01
 """Two cameras at 30 Hz leave less than 17 ms per image."""
 DIAGNOSTICS_PERIOD_S = 1.0
-ANSWER_TIMEOUT_S = 5.0
-"""How long ~/enable waits for the control loop."""
-NOT_ENABLED = "the control loop does not answer (does the clock stand still?): nothing was changed"
-NOT_YET_STOPPED = (
-    "NOT STOPPED YET: the control loop does not answer (does the clock stand still?) and stops as soon as it does; use "
-    "the robot's own emergency stop"
-)
-STOP_DEPTH = 1000
-"""Messages of the emergency stop that may wait for the executor, which waits for a loop that does not answer or for a
-head that loads: a press must not be pushed out by what comes after it."""
 
 
 class CorrectionController(ManagedNode):
     """Runs :class:`CorrectionLoop` at every deadline of a grid on the ROS clock.
 
     In real time the loop belongs to a :class:`TickThread`; the executor's thread takes messages, parameters and
-    services, and hands over by :meth:`_post` what changes the loop. Nothing that may block (logging, loading) happens
-    in the tick: :meth:`_later` hands it to the executor. In lockstep everything is in the executor's thread: a timer
-    says that a step is due, and it runs when every input of that step has arrived.
+    services; what changes the loop, and what of a tick may block (logging), goes from one to the other by a
+    :class:`Handover`. In lockstep everything is in the executor's thread: a timer says that a step is due, and it runs
+    when every input of that step has arrived.
     """
 
     def __init__(self) -> None:
@@ -91,29 +75,24 @@ class CorrectionController(ManagedNode):
         # Messages, enable and stop go on while a change of a parameter waits for a head to load.
         self._inputs = MutuallyExclusiveCallbackGroup()
         self._parameter_services = PatientParameterService(self, self._prepare_parameters)
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="head loading")
+        self._handover = Handover(self, self._inputs)
+        self._heads = HeadLoader(self._handover.wake)
+        self._permission = Permission(
+            self, self._inputs, self._handover, lambda: self._loop is not None, self._ask_for_chunk
+        )
         self._log = EdgeLog(self)
         self._profile = None
         self._loop: CorrectionLoop | None = None
-        self._latch: Latch | None = None  # outlives the loop: what was switched off stays off when it is made anew
         self._head: OnnxHead | None = None  # of the last accepted parameters
-        self._candidate_head: tuple[str, ConcurrentFuture] | None = None
         # The file of a head may be another one under its old name.
         self._settings = NodeParameters(
             self, ControllerConfig(), self._validate, self._apply, frozenset({"correction.model_path"})
         )
         self._sink: Sink | None = None
         self._step_publisher = None
-        self._pressed: dict[ReliabilityPolicy, bool] = {}  # the emergency stop, as each subscription last heard it
-        self._ready_topic: str | None = None
-        self._said_ready: dict[ReliabilityPolicy, bool] = {}  # whether the robot executes commands, as each heard it
-        self._ready_subscriptions: list[Subscription] = []
         self._source: ObservationSource | None = None
         self._thread: TickThread | None = None
         self._timer = None
-        self._posted: deque[Callable[[], None]] = deque()
-        self._postponed_work: deque[Callable[[], None]] = deque()
-        self._work_ready = self.create_guard_condition(self._do_postponed_work, callback_group=self._inputs)
         self._unpublished: ControlStepMsg | None = None
         self._announced = 0  # newest revision of the configuration
         self._revision = 0  # the one that the loop uses
@@ -132,10 +111,8 @@ class CorrectionController(ManagedNode):
         config = self._settings.value
         self._profile = load_profile(config.robot)
         self._profile.check_rate(config.control_rate_hz)
-        self._head = self._load_head(config)
-        self._loop = CorrectionLoop(config, self._profile.robot, self._head, latch=self._latch)
-        self._latch = self._loop.latch
-        self._listen_to_robot(self._profile.ready_topic)
+        self._head = self._heads.load(config, self._profile)
+        self._loop = CorrectionLoop(config, self._profile.robot, self._head, latch=self._permission.latch)
         robot = self._profile.robot
         nothing = np.full(len(robot.action_names), np.inf)
         self._rehearsal = CorrectionLoop(
@@ -148,6 +125,7 @@ class CorrectionController(ManagedNode):
         self._stream_names = tuple(self._profile.robot.streams)
         # The file may have been edited since the last configuration: loop and sink are of one and the same profile.
         self._sink = make_sink(self, self._profile, callback_group=self._inputs)
+        self._permission.serve(self._loop.latch, self._profile.ready_topic)
         if self._step_publisher is None:
             self._open_topics()
         self._revision = self._announce(config, self._head)
@@ -158,47 +136,13 @@ class CorrectionController(ManagedNode):
         )
 
     def _open_topics(self) -> None:
-        """What serves every configuration, from the first one on; a stop first."""
-        # A stop has to be heard in every state.
-        self.create_service(SetBool, "~/enable", self._on_enable, callback_group=self._inputs)
-        # The best-effort subscription alone would hear every publisher, too, but it may lose what a reliable one says.
-        for reliability in (ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT):
-            qos = QoSProfile(depth=STOP_DEPTH, reliability=reliability)
-            self._hear("emergency_stop", self._on_emergency_stop, qos, self._on_other_stop_qos)
+        """What serves every configuration, from the first one on."""
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", reliable_qos(10))
         self._configuration_publisher = self.create_publisher(
             ControlConfiguration, "control_configuration", latched_qos(10)
         )
         self._replan_publisher = self.create_publisher(Header, "replan", latched_qos(1))
         self._step_publisher = self.create_publisher(ControlStepMsg, "control_step", reliable_qos(100))
-
-    def _listen_to_robot(self, topic: str | None) -> None:
-        """Hear whether the robot executes commands, in every state from now on."""
-        if topic == self._ready_topic:
-            return
-        for subscription in self._ready_subscriptions:
-            self.destroy_subscription(subscription)
-        self._ready_topic, self._said_ready, self._ready_subscriptions = topic, {}, []
-        self._post(partial(self._latch.robot_ready, topic is None, NEVER_HEARD))
-        if topic is None:
-            return
-        # Drivers say it once and keep it for late joiners, or again and again and not reliably.
-        for qos in (latched_qos(1), QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)):
-            heard = self._hear(topic, self._on_ready, qos, on_incompatible=lambda event: None)  # the other one hears it
-            self._ready_subscriptions.append(heard)
-
-    def _hear(
-        self, topic: str, take: Callable[..., None], qos: QoSProfile, on_incompatible: Callable[[object], None]
-    ) -> Subscription:
-        """One of two subscriptions to a topic whose publishers differ in QoS; ``take`` is told which one heard."""
-        return self.create_subscription(
-            Bool,
-            topic,
-            partial(take, heard_by=qos.reliability),
-            qos,
-            callback_group=self._inputs,
-            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=on_incompatible),
-        )
 
     def activate(self) -> None:
         config = self._settings.value
@@ -242,6 +186,7 @@ class CorrectionController(ManagedNode):
             )
             return
         sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
+        self._handover.threaded = True
         self._thread = TickThread(
             self,
             config.period_ns,
@@ -251,7 +196,7 @@ class CorrectionController(ManagedNode):
             on_tick=self._on_deadline,
             on_standstill=self._on_standstill,
             standstill_s=lambda: self._settings.value.clock_timeout_s,
-            on_failure=lambda error: self._later(partial(self._give_up, error)),
+            on_failure=lambda error: self._handover.later(partial(self._give_up, error)),
             priority=config.realtime__priority,
         )
         # A callback that holds the interpreter must not be displaced by another process while a tick waits for it.
@@ -270,8 +215,7 @@ class CorrectionController(ManagedNode):
             self.destroy_timer(self._timer)
             self._timer = None
             self.destroy_subscription(self._status_subscription)
-        self._take_posted()
-        self._do_postponed_work()
+        self._handover.end()
         observation = self._source.snapshot()
         self._source.close()
         self._source = None
@@ -291,58 +235,30 @@ class CorrectionController(ManagedNode):
     def close(self) -> None:
         """Stop working; the node is about to be destroyed."""
         self.deactivate()
-        self._loader.shutdown()
+        self._heads.close()
 
     # --- parameters and heads -----------------------------------------------------------------------------------
 
-    def _load_head(self, config: ControllerConfig) -> OnnxHead | None:
-        """The head of a configuration, checked against the robot, or None if correction is off and no head is named."""
-        name = config.correction__model_path
-        if not name and not config.correction__enabled:
-            return None
-        head = OnnxHead(model_path(name), config.correction__threads, device=config.correction__device)
-        robot = self._profile.robot
-        head.manifest.check_robot(
-            self._profile.camera_shapes(), robot.state_names, robot.action_names, robot.action_space, config.period_ns
-        )
-        head.warm_up()
-        return head
-
     def _prepare_parameters(self, values: Mapping[str, object]) -> Future | None:
         """Load the head that a change of parameters asks for, off the executor's thread."""
-        self._candidate_head = None  # of a request that was refused: its file may be another one by now
+        self._heads.forget()
         name = values.get("correction.model_path")
         # For "" there is nothing to load, and correction.enabled of the same request says whether it is allowed.
         if self._loop is None or not isinstance(name, str) or name == "":
             return None
-        config = dataclasses.replace(self._settings.value, correction__model_path=name)
-        loaded = self._loader.submit(self._load_head, config)
-        self._candidate_head = (name, loaded)
-        ready = Future()
-
-        def on_loaded(_: ConcurrentFuture) -> None:
-            ready.set_result(None)
-            self._work_ready.trigger()  # the executor looks at what waits when it wakes
-
-        loaded.add_done_callback(on_loaded)
-        return ready
+        return self._heads.begin(dataclasses.replace(self._settings.value, correction__model_path=name), self._profile)
 
     def _validate(self, candidate: ControllerConfig) -> None:
-        name = candidate.correction__model_path
-        if self._loop is None or "correction.model_path" not in self._settings.named:
-            return
-        if self._candidate_head is None or self._candidate_head[0] != name:
-            self._candidate_head = (name, self._loader.submit(self._load_head, candidate))
-        self._candidate_head[1].result()
+        if self._loop is not None and "correction.model_path" in self._settings.named:
+            self._heads.check(candidate, self._profile)
 
     def _apply(self, config: ControllerConfig) -> None:
         if self._loop is None:
             return
-        if "correction.model_path" in self._settings.named and self._candidate_head is not None:
-            self._head = self._candidate_head[1].result()
-            self._candidate_head = None
+        if "correction.model_path" in self._settings.named:
+            self._head = self._heads.take()
         # Not the loop's head: what was posted before may not have reached it yet.
-        self._post(partial(self._use, config, self._head, self._announce(config, self._head)))
+        self._handover.post(partial(self._use, config, self._head, self._announce(config, self._head)))
 
     def _use(self, config: ControllerConfig, head: OnnxHead | None, revision: int) -> None:
         self._loop.configure(config, head)
@@ -373,115 +289,12 @@ class CorrectionController(ManagedNode):
                 language = np.zeros(head.manifest.language_size, np.float32)
             head.prepare(camera, image, language)
 
-    # --- between the threads ------------------------------------------------------------------------------------
-
-    def _post(self, change: Callable[[], None]) -> None:
-        """Change the loop: before its next tick if it has a thread, else now."""
-        if self._thread is None:
-            change()
-        else:
-            self._posted.append(change)
-
-    def _ask(self, change: Callable[[], Any], keep: bool) -> Any:
-        """As :meth:`_post`, and wait for the result or exception.
-
-        Args:
-            change: What is to be done.
-            keep: A change that was not made in time is made later; else never.
-
-        Raises:
-            TimeoutError: If the loop does not answer within ``ANSWER_TIMEOUT_S``.
-        """
-        answer = ConcurrentFuture()
-
-        def run_it() -> None:
-            if not answer.set_running_or_notify_cancel():
-                return
-            try:
-                answer.set_result(change())
-            except StateError as error:
-                answer.set_exception(error)
-
-        self._post(run_it)
-        try:
-            return answer.result(timeout=ANSWER_TIMEOUT_S)
-        except TimeoutError:
-            # The person is told that it did not happen, so it must not happen later, unless it is a stop.
-            if keep or answer.cancel():
-                raise
-            return answer.result()  # the loop has just begun with it
-
-    def _take_posted(self) -> None:
-        while self._posted:
-            self._posted.popleft()()
-
-    def _later(self, work: Callable[[], None]) -> None:
-        """Do what may block, as logging, on the executor's thread."""
-        self._postponed_work.append(work)
-        if self._thread is None:
-            self._do_postponed_work()
-        else:
-            self._work_ready.trigger()
-
-    def _fine(self, key: str) -> None:
-        """End a problem; where there is none, as in nearly every tick, the executor is not woken."""
-        if self._log.holds(key):
-            self._later(partial(self._log.fine, key))
-
-    def _do_postponed_work(self) -> None:
-        while self._postponed_work:
-            self._postponed_work.popleft()()
-
-    def _give_up(self, error: Exception) -> None:
-        raise error
-
-    # --- messages and services, on the executor's thread --------------------------------------------------------
-
-    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        if self._loop is None and request.data:
-            response.message = "not configured, allowed is to configure first"
-            return response
-        try:
-            self._ask(self._latch.enable if request.data else self._latch.disable, keep=not request.data)
-        except StateError as error:
-            response.message = str(error)
-            return response
-        except TimeoutError:
-            response.message = NOT_ENABLED if request.data else NOT_YET_STOPPED
-            self.get_logger().error(f"~/enable: {response.message}")
-            return response
-        if request.data:
-            self._ask_for_chunk()
-        response.success = True
-        response.message = "enabled" if request.data else "disabled"
-        self.get_logger().info(f"{response.message} by ~/enable")
-        return response
+    # --- messages, on the executor's thread ----------------------------------------------------------------------
 
     def _ask_for_chunk(self) -> None:
         """Tell the planner that no chunk counts that was observed until now; a simulation waits for the next anyway."""
         if not self._settings.value.lockstep:
             self._replan_publisher.publish(Header(stamp=self.get_clock().now().to_msg()))
-
-    def _on_emergency_stop(self, message: Bool, heard_by: ReliabilityPolicy = ReliabilityPolicy.RELIABLE) -> None:
-        # A message of a reliable publisher comes twice, and its two copies in any order with those of the messages
-        # around it: a release counts when both subscriptions have heard it, else a late copy could undo a newer press.
-        self._pressed[heard_by] = message.data
-        pressed = any(self._pressed.values())
-        self._post(lambda: self._latch.emergency_stop(pressed, self.get_clock().now().nanoseconds))
-
-    def _on_other_stop_qos(self, event: object) -> None:
-        # In place of rclpy's text, which says that no message will be received.
-        self.get_logger().warning(
-            "emergency_stop has a best-effort publisher: it is heard, but messages may be lost; reliable is safer"
-        )
-
-    def _on_ready(self, message: Bool, heard_by: ReliabilityPolicy) -> None:
-        # Reliable copies come all and in order, so the newest of them says how it is. A best-effort one alone can only
-        # stop: it may be a late one, or another publisher's.
-        if heard_by == ReliabilityPolicy.RELIABLE:
-            self._said_ready = {}
-        self._said_ready[heard_by] = message.data
-        self._post(partial(self._latch.robot_ready, all(self._said_ready.values())))
 
     def _on_takeover(self, message: JointState) -> None:
         try:
@@ -490,13 +303,13 @@ class CorrectionController(ManagedNode):
             self._log.problem("takeover", f"takeover command refused: {error}")
         else:
             self._log.fine("takeover")
-            self._post(partial(self._take_over, command, to_ns(message.header.stamp)))
+            self._handover.post(partial(self._take_over, command, to_ns(message.header.stamp)))
 
     def _take_over(self, command: np.ndarray, stamp_ns: int) -> None:
         try:
             self._loop.take_over(command, stamp_ns, self._now_ns(self._source.snapshot()))
         except ObservationError as error:
-            self._later(partial(self._log.problem, "takeover command", f"takeover command refused: {error}"))
+            self._handover.later(partial(self._log.problem, "takeover command", f"takeover command refused: {error}"))
         else:
             self._fine("takeover command")
 
@@ -504,10 +317,10 @@ class CorrectionController(ManagedNode):
         try:
             chunk = message_to_chunk(message)
         except ChunkError as error:
-            self._post(partial(self._loop.refused, error))
+            self._handover.post(partial(self._loop.refused, error))
             self._log.problem("chunk", f"chunk refused: {error}")
         else:
-            self._post(lambda: self._install(chunk))
+            self._handover.post(lambda: self._install(chunk))
         self._newest_chunk_ns = max(self._newest_chunk_ns, to_ns(message.header.stamp))
         self._run_if_ready()
 
@@ -515,14 +328,14 @@ class CorrectionController(ManagedNode):
         try:
             installed = self._loop.install(chunk, self._now_ns(self._source.snapshot()))
         except ChunkError as error:
-            self._later(partial(self._log.problem, "chunk", f"chunk refused: {error}"))
+            self._handover.later(partial(self._log.problem, "chunk", f"chunk refused: {error}"))
             return
         if installed:
             self._language = chunk.language
             self._rehearsal.reset()
             with contextlib.suppress(ChunkError):  # the loop took it: no reason to stop, only to tick with cold caches
                 self._rehearsal.install(chunk, chunk.t_obs_ns)
-            self._later(partial(self._log.fine, "chunk"))
+            self._handover.later(partial(self._log.fine, "chunk"))
 
     def _on_status(self, message: PlannerStatus) -> None:
         self._status = message
@@ -535,11 +348,16 @@ class CorrectionController(ManagedNode):
             now = max(now, *observation.stamps_ns.values(), 0)
         return now
 
+    def _fine(self, key: str) -> None:
+        """End a problem; where there is none, as in nearly every tick, the executor is not woken."""
+        if self._log.holds(key):
+            self._handover.later(partial(self._log.fine, key))
+
     def _report_health(self) -> None:
         """Once a second, at the end of a tick: a timer of its own could meet a deadline every time."""
         now_s = time.monotonic()
         if now_s - self._reported_s >= DIAGNOSTICS_PERIOD_S:
-            self._later(partial(self._publish_diagnostics, now_s - self._reported_s))
+            self._handover.later(partial(self._publish_diagnostics, now_s - self._reported_s))
             self._reported_s = now_s
 
     def _publish_diagnostics(self, interval_s: float) -> None:
@@ -556,6 +374,9 @@ class CorrectionController(ManagedNode):
             self._loop.chunks.copy(),
         )
         self._diagnostics_publisher.publish(diagnostics_of(self, statuses, self._profile.robot.name))
+
+    def _give_up(self, error: Exception) -> None:
+        raise error
 
     # --- ticks --------------------------------------------------------------------------------------------------
 
@@ -574,7 +395,9 @@ class CorrectionController(ManagedNode):
             if step.command is not None:
                 self._sink.rehearse(step.command, next_ns)
         except Exception as error:  # noqa: BLE001, a defect, but not of the tick: the robot goes on, a little later
-            self._later(partial(self._log.problem, "rehearsal", f"{type(error).__name__} in a rehearsal: {error}"))
+            self._handover.later(
+                partial(self._log.problem, "rehearsal", f"{type(error).__name__} in a rehearsal: {error}")
+            )
         else:
             self._fine("rehearsal")
 
@@ -592,7 +415,7 @@ class CorrectionController(ManagedNode):
         """Real time: the simulated clock stands still; on the loop's thread."""
         next_ns = self._grid.next_ns
         if next_ns is None:
-            self._take_posted()
+            self._handover.take()
             self._report_health()
             return
         last_ns = next_ns - self._grid.period_ns
@@ -617,7 +440,7 @@ class CorrectionController(ManagedNode):
         if tick.jump_ns >= 0:
             return None
         detail = f"the clock jumped back by {-tick.jump_ns / 1e9:.3f} s"
-        self._later(partial(self.get_logger().warning, f"{detail}: starting afresh"))
+        self._handover.later(partial(self.get_logger().warning, f"{detail}: starting afresh"))
         self._loop.forget()
         self._source.clear()
         self._status, self._newest_chunk_ns = None, 0
@@ -640,14 +463,14 @@ class CorrectionController(ManagedNode):
         self._run(tick, observation, self.get_clock().now().nanoseconds, None)
 
     def _run(self, tick: Tick, observation: Observation, started_ns: int, problem: Verdict | None) -> None:
-        self._take_posted()
+        self._handover.take()
         try:
             step = self._loop.tick(tick.t_tick_ns, observation, problem)
         except Exception as error:  # noqa: BLE001, a defect: the robot must come to its hold, commanded by the next tick
             self._loop.fault(f"{type(error).__name__}: {error}")
             text = f"a defect of the control loop:\n{traceback.format_exc()}"
             # Every one: the latch makes it one per fault. A lambda: rclpy ties a severity to the line that logs.
-            self._later(lambda: self.get_logger().error(text))
+            self._handover.later(lambda: self.get_logger().error(text))
             return
         command_latency_ns = 0
         if step.command is not None:
@@ -668,7 +491,7 @@ class CorrectionController(ManagedNode):
         self._report_health()
         if (step.state, step.reason) != self._verdict:
             self._verdict = (step.state, step.reason)
-            self._later(partial(self._log_edge, step))
+            self._handover.later(partial(self._log_edge, step))
 
     def _publish_step(self) -> None:
         if self._unpublished is not None:
