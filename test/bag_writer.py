@@ -144,10 +144,11 @@ def record(
             announce(t_ns - 1)
         if n in (0, 40, 70):
             episode(EpisodeStatus.STARTED, t_ns, n)
-        joints = array_to_joint_state(
-            0.02 * rng.standard_normal(7), profile.joint_names, t_ns - int(rng.integers(0, 40_000_000))
-        )
-        sensors = {"joint_position": joints}
+        sensors = {}
+        for joints in profile.joint_topics:
+            position = 0.02 * rng.standard_normal(len(joints.names))
+            stamp_ns = t_ns - int(rng.integers(0, 40_000_000))
+            sensors[joints.stream] = array_to_joint_state(position, joints.names, stamp_ns)
         for name in CAMERAS:
             sensors[name] = array_to_image(image_at(n), t_ns - int(rng.integers(0, 40_000_000)), name)
         for stream, message in sensors.items():

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 rclpy = pytest.importorskip("rclpy")
 
@@ -333,6 +334,43 @@ def test_a_pose_in_another_frame_than_that_of_the_twists_does_not_move_the_robot
         come("panda_link0", lambda: "ee_pose" in node._source.snapshot().values)
         np.testing.assert_array_equal(node._source.snapshot().values["ee_pose"], pose)
     assert "sample of ee_pose refused: pose is in frame 'base', allowed is 'panda_link0'" in capfd.readouterr().err
+
+
+def test_arm_and_gripper_on_one_topic_are_two_streams_and_neither_is_the_other_s_problem(tmp_path, capfd):
+    entries = yaml.safe_load(robot_profile("panda_forward").read_text())
+    hand = {"topic": "joint_states", "names": ["panda_finger_joint1"]}
+    entries |= {"more_joint_states": {"hand": hand}, "max_age_s": entries["max_age_s"] | {"hand": 0.5}}
+    entries["joint_states"]["names"] = arm = [f"panda_joint{i}" for i in range(1, 8)]
+    path = tmp_path / "robot.yaml"
+    path.write_text(yaml.safe_dump(entries))
+    with controller(robot=path, control_rate_hz=100.0, lockstep=True) as node, peer_of(node) as (peer, until):
+        publisher = peer.create_publisher(JointState, "joint_states", reliable_qos(10))
+        newest = lambda: node._source.snapshot().stamps_ns  # noqa: E731
+
+        def say(names, stamp_ns):
+            publisher.publish(array_to_joint_state(np.ones(len(names)), names, stamp_ns))
+
+        def refused(stream):
+            return node._log.counts.get(stream, 0)
+
+        start_ns = node.get_clock().now().nanoseconds
+        until(lambda: publisher.get_subscription_count() == 2)
+        say(arm, start_ns)
+        until(lambda: newest().get("joint_position") == start_ns and refused("hand"))
+        assert "hand" not in newest(), "a stream that was never heard says what came in its place"
+        for n in range(1, 6):
+            say(hand["names"], start_ns + n)  # both at once: neither may push out the other
+            say(arm, start_ns + n)
+            until(lambda n=n: newest() == {"joint_position": start_ns + n, "hand": start_ns + n})
+        assert (refused("joint_position"), refused("hand")) == (0, 1)
+        late_ns = start_ns + 10**9  # the gripper's driver is gone
+        say(arm, late_ns)
+        until(lambda: newest()["joint_position"] == late_ns and refused("hand") == 2)
+        say([*arm, "another"], late_ns + 1)
+        say(arm[:3], late_ns + 2)
+        until(lambda: refused("joint_position") == 1)
+        assert newest()["joint_position"] == late_ns + 1
+    assert "sample of hand refused: joint state lacks the joints ['panda_finger_joint1']" in capfd.readouterr().err
 
 
 # --- parameters and heads --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 pytest.importorskip("rclpy")
 pytest.importorskip("lerobot")
@@ -72,6 +73,21 @@ def test_a_data_set_has_what_the_loop_saw_and_did(run, tmp_path):
     assert not list(tmp_path.glob("data.*")), "nothing is left beside it"
     with pytest.raises(ConfigError, match="exists already"):
         build([path], tmp_path / "data", "expert", parity=True)
+
+
+def test_joints_that_two_drivers_publish_on_one_topic_are_two_streams(head, profile, tmp_path):
+    entries = yaml.safe_load(profile.read_text())
+    joints = entries["joint_states"]
+    entries["more_joint_states"] = {"wrist_joints": {"topic": joints["topic"], "names": joints["names"][4:]}}
+    entries["max_age_s"]["wrist_joints"] = entries["max_age_s"]["joint_states"]
+    joints["names"] = joints["names"][:4]
+    shared = tmp_path / "arm.yaml"
+    shared.write_text(yaml.safe_dump(entries))
+    _, seen = record(tmp_path / "bag", shared, head)
+    assert seen[-1].values["joint_position"].shape == (4,) and seen[-1].values["wrist_joints"].shape == (3,)
+    report = build([tmp_path / "bag"], tmp_path / "data", "expert", parity=True)
+    assert report["bags"][0]["parity"] == {"compared": 100, "differing": []}
+    assert not report["bags"][0]["refused"]
 
 
 def test_a_person_alone_gives_demonstrations(head, profile, tmp_path, capsys):

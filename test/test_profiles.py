@@ -81,7 +81,7 @@ def test_a_shipped_profile_is_complete_and_safe(name):
     assert driver.shape == (len(profile.command.joints),) and np.isfinite(driver).all()
     if profile.gripper is not None:
         assert profile.gripper.mapping.channel not in profile.command.mapping.channels
-    topics = [profile.command.topic, profile.joint_states_topic, *(camera.topic for camera in profile.cameras)]
+    topics = [profile.command.topic, *(topic.topic for topic in (*profile.joint_topics, *profile.cameras))]
     assert not any(topic.startswith("/") for topic in topics), "relative, so that a namespace holds"
 
 
@@ -149,6 +149,7 @@ def test_the_panda_s_limits_lie_inside_its_urdf():
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
+HAND = {"topic": "hand", "names": ["finger"]}
 ERRORS = [  # profile, changes, path of the entry, words of the reason
     ("mock", {"name": GONE}, "name", "missing"),
     ("mock", {"name": 3}, "name", "3"),
@@ -171,6 +172,14 @@ ERRORS = [  # profile, changes, path of the entry, words of the reason
     ("mock", {"joint_states.names": ["joint1", 2]}, "joint_states.names[1]", "2"),
     ("mock", {"joint_states.names": ["joint1", "joint1"]}, "joint_states.names[1]", "not there yet"),
     ("mock", {"joint_states.gripper": ["finger"]}, "joint_states.gripper", "not used"),
+    ("mock", {"more_joint_states.hand": {"topic": "hand"}}, "more_joint_states.hand.names", "missing"),
+    ("mock", {"more_joint_states.hand": {"names": ["a"]}}, "more_joint_states.hand.topic", "missing"),
+    ("mock", {"more_joint_states.ee_pose": HAND}, "more_joint_states.ee_pose", "another name"),
+    ("mock", {"more_joint_states.front": HAND}, "more_joint_states.front", "another name"),
+    ("mock", {"more_joint_states.hand": HAND}, "more_joint_states.hand.names[0]", "no other topic"),
+    ("fr3", {"max_age_s.gripper": GONE}, "max_age_s.gripper", "missing"),
+    ("fr3", {"more_joint_states": GONE}, "max_age_s.gripper", "not used"),
+    ("fr3", {"command.topic": "franka_gripper/joint_states"}, "command.topic", "more_joint_states.gripper.topic"),
     ("mock", {"state": "pose"}, "state", "'joint_position'"),
     ("mock", {"ee_pose": {"topic": "ee_pose"}}, "ee_pose", "not used"),
     ("mock", {"action.names": ["joint1", "joint2", "joint3", "joint3"]}, "action.names[3]", "not there yet"),
@@ -419,3 +428,36 @@ def test_the_state_is_relative_to_the_origin_and_one_finger_stands_for_two(load)
     both = load("libero", {"ee_pose.origin_xyz": [0.1, 0.0, 0.0]})
     state = both.robot.state_of({"ee_pose": pose, "joint_position": np.arange(9.0)})
     np.testing.assert_allclose(state[[0, 6, 7]], [0.4, 7, 8], atol=1e-7)
+
+
+def test_joints_of_several_drivers_are_one_state_and_what_is_not_measured_is_not_asked_for(load):
+    arm = ["joint1", "joint2", "joint3"]
+    apart = {"joint_states.names": arm, "more_joint_states.hand": HAND, "max_age_s.hand": 0.5}
+    profile = load("mock", apart)
+    robot = profile.robot
+    assert robot.state_names == profile.joint_names == (*arm, "finger")
+    assert robot.streams["joint_position"].shape == (3,) and robot.streams["hand"].shape == (1,)
+    assert robot.streams["hand"].max_age_ns == 500_000_000
+    values = {"joint_position": np.array([0.1, 0.2, 0.3]), "hand": np.array([0.04])}
+    state = robot.state_of(values)
+    assert state.dtype == np.float32
+    np.testing.assert_allclose(state, [0.1, 0.2, 0.3, 0.04])
+    assert robot.measured_streams == ("joint_position",)
+    np.testing.assert_allclose(robot.measured_of({"joint_position": np.arange(3.0)}), [0, 1, 2, np.nan])
+
+    apart |= {"joint_states.names": arm[2:], "more_joint_states.hand.names": ["joint2", "joint1"]}
+    two_arms = load("mock", apart)
+    assert two_arms.robot.measured_streams == ("joint_position", "hand")
+    values = {"joint_position": np.array([0.3]), "hand": np.array([0.2, 0.1])}
+    np.testing.assert_allclose(two_arms.robot.measured_of(values), [0.1, 0.2, 0.3, np.nan])
+
+
+def test_the_gripper_of_a_pose_may_have_a_topic_of_its_own(load):
+    names = shipped("panda_servo")["joint_states"]["names"]
+    hand = {"topic": "hand/joint_states", "names": names[7:]}
+    changes = {"joint_states.names": names[:7], "more_joint_states.hand": hand, "max_age_s.hand": 0.5}
+    robot = load("panda_servo", changes).robot
+    values = {"ee_pose": np.array([0.0, 0, 0, 1, 0, 0, 0]), "joint_position": np.arange(8.0)}
+    expected = load_profile("panda_servo").robot.state_of(values)
+    values |= {"joint_position": np.arange(7.0), "hand": np.array([7.0])}
+    np.testing.assert_array_equal(robot.state_of(values), expected)

@@ -239,6 +239,23 @@ def test_trajectories_move_the_arm_and_stale_or_wrong_ones_do_not(driver):
     assert driver.states[-1].velocity and driver.position()["panda_finger_joint2"] > 0.0
 
 
+def test_the_mock_s_gripper_speaks_for_itself_where_the_profile_says_so(driver, tmp_path):
+    from sensor_msgs.msg import JointState
+
+    entries = yaml.safe_load(robot_profile("panda").read_text())
+    arm = [name for name in entries["joint_states"]["names"] if "finger" not in name]
+    entries["joint_states"]["names"] = arm
+    entries["more_joint_states"] = {"hand": {"topic": "hand/joint_states", "names": ["panda_finger_joint1"]}}
+    entries["max_age_s"]["hand"] = 0.5
+    (tmp_path / "apart.yaml").write_text(yaml.safe_dump(entries))
+    fingers = []
+    driver.node.create_subscription(JointState, "hand/joint_states", fingers.append, 10)
+    driver.start(str(tmp_path / "apart.yaml"))
+    driver.spin_until(lambda: fingers, "the gripper's joint states")
+    assert list(fingers[-1].name) == ["panda_finger_joint1"] and len(fingers[-1].velocity) == 1
+    assert set(driver.position()) == {*arm, "panda_finger_joint2"}
+
+
 def test_an_arm_with_a_camera_shows_what_it_does(driver, tmp_path):
     from sensor_msgs.msg import Image
 

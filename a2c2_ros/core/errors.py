@@ -24,6 +24,10 @@ class ObservationError(A2C2Error, ValueError):
     """An observation does not have the stream, shape, dtype or encoding that was declared."""
 
 
+class OtherJointsError(ObservationError):
+    """A joint state has none of the joints that were declared: it may be another driver's on the same topic."""
+
+
 class ManifestError(A2C2Error, ValueError):
     """A head and the chunks, cameras or robot that it is to be used with do not fit each other."""
 

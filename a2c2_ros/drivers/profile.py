@@ -32,6 +32,15 @@ turn."""
 
 
 @dataclass(frozen=True)
+class JointTopic:
+    """Joints of the profile that one driver publishes."""
+
+    stream: str
+    topic: str
+    names: tuple[str, ...]  # order of the stream
+
+
+@dataclass(frozen=True)
 class CameraTopic:
     """A camera of the profile."""
 
@@ -84,8 +93,7 @@ class Profile:
 
     robot: Robot
     cameras: tuple[CameraTopic, ...]
-    joint_states_topic: str
-    joint_names: tuple[str, ...]  # order of the joint_position stream
+    joint_topics: tuple[JointTopic, ...]  # the first is the stream joint_position
     ee_pose_topic: str | None  # None if the state does not need it
     command: CommandSpec
     gripper: GripperSpec | None = None  # None: a gripper, if any, is a channel of the command
@@ -93,6 +101,11 @@ class Profile:
     text: str = ""  # the YAML file
     ee_pose_frame: str = ""  # in which poses have to come, "" for any
     ready_topic: str | None = None  # where the robot says whether it executes commands; None: it does not say
+
+    @property
+    def joint_names(self) -> tuple[str, ...]:
+        """All joints, in the order of a state of joints."""
+        return tuple(name for topic in self.joint_topics for name in topic.names)
 
     @property
     def command_topic(self) -> str:
@@ -146,7 +159,7 @@ class _Builder:
         self._path = path
         self._entries = entries
         self._topics: dict[str, str] = {}
-        self._joints = entries.section("joint_states").name_list("names")
+        self._joint_topics: tuple[JointTopic, ...] = ()
         self._actions = entries.section("action").name_list("names")
 
     def profile(self) -> Profile:
@@ -154,10 +167,12 @@ class _Builder:
         rate_hz = entries.section("rates").positive("control_rate_hz", None)
         self._period_ns = None if rate_hz is None else round(1e9 / rate_hz)
         cameras = tuple(self._camera(name) for name in entries.section("cameras").names)
-        joint_states_topic = self._topic("joint_states")
+        self._joint_topics = self._read_joint_topics(cameras)
         state = entries.choice("state", ("ee_pose_gripper", "joint_position"), "ee_pose_gripper")
         streams = {c.name: StreamSpec(c.shape, "uint8", self._max_age_ns("camera")) for c in cameras}
-        streams["joint_position"] = StreamSpec((len(self._joints),), "float64", self._max_age_ns("joint_states"))
+        for joints in self._joint_topics:
+            age_ns = self._max_age_ns("joint_states" if joints.stream == "joint_position" else joints.stream)
+            streams[joints.stream] = StreamSpec((len(joints.names),), "float64", age_ns)
         if state == "ee_pose_gripper":
             streams["ee_pose"] = StreamSpec((7,), "float64", self._max_age_ns("ee_pose"))
         hold = self._hold()
@@ -172,10 +187,10 @@ class _Builder:
             action_space=entries.section("action").text("space"),
             streams=streams,
             cameras=tuple(camera.name for camera in cameras),
-            state_names=STATE_NAMES if "ee_pose" in streams else self._joints,
-            state_of=self._ee_pose_gripper() if "ee_pose" in streams else _joint_position,
+            state_names=STATE_NAMES if "ee_pose" in streams else tuple(self._joints),
+            state_of=self._ee_pose_gripper() if "ee_pose" in streams else self._joint_position(),
             measured_of=self._measured(command, gripper, hold) if position else lambda values: None,
-            measured_streams=("joint_position",) if position else (),
+            measured_streams=self._measured_streams(gripper, hold) if position else (),
             limits=self._limits(command, gripper, hold),
             hold=hold,
             simulated=entries.flag("simulated", False),
@@ -185,8 +200,7 @@ class _Builder:
         return Profile(
             robot=robot,
             cameras=cameras,
-            joint_states_topic=joint_states_topic,
-            joint_names=self._joints,
+            joint_topics=self._joint_topics,
             ee_pose_topic=self._topic("ee_pose") if "ee_pose" in streams else None,
             ee_pose_frame=self._ee_pose_frame(command) if "ee_pose" in streams else "",
             command=command,
@@ -196,16 +210,40 @@ class _Builder:
             ready_topic=ready_topic,
         )
 
-    def _topic(self, *path: str) -> str:
+    @property
+    def _joints(self) -> dict[str, tuple[str, int]]:
+        """Joint to its stream and its place in it, in the order of a state of joints."""
+        return {name: (topic.stream, i) for topic in self._joint_topics for i, name in enumerate(topic.names)}
+
+    def _read_joint_topics(self, cameras: Sequence[CameraTopic]) -> tuple[JointTopic, ...]:
+        names = self._entries.section("joint_states").name_list("names")
+        topics = [JointTopic("joint_position", self._topic("joint_states"), names)]
+        more = self._entries.section("more_joint_states")
+        taken = {"joint_position", "joint_states", "ee_pose", "camera", *(camera.name for camera in cameras)}
+        for stream in more.names:
+            if stream in taken:
+                raise more.wrong(stream, "another name: a stream or an age has this one")
+            joints = more.section(stream)
+            names = joints.name_list("names")
+            known = {name for topic in topics for name in topic.names}
+            for i, name in enumerate(names):
+                if name in known:
+                    raise joints.wrong(f"names[{i}]", "a joint that no other topic has", name)
+            # Arm and gripper may publish to one topic, each a message with its own joints.
+            shared = [topic.topic for topic in topics]
+            topics.append(JointTopic(stream, self._topic("more_joint_states", stream, shared=shared), names))
+        return tuple(topics)
+
+    def _topic(self, *path: str, shared: Sequence[str] = ()) -> str:
         """The entry ``topic`` of a section; two uses of one topic would mix sensors, or commands with sensors."""
         section = self._entries
         for key in path:
             section = section.section(key)
         topic = section.topic("topic")
         name = ".".join((*path, "topic"))
-        if topic in self._topics:
+        if topic in self._topics and topic not in shared:
             raise section.wrong("topic", f"a topic of its own: {self._topics[topic]!r} has it too")
-        self._topics[topic] = name
+        self._topics.setdefault(topic, name)
         return topic
 
     def _max_age_ns(self, name: str) -> int:
@@ -225,13 +263,22 @@ class _Builder:
 
     def _ee_pose_gripper(self) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
         joint_states, ee_pose = self._entries.section("joint_states"), self._entries.section("ee_pose")
-        names = joint_states.name_list("gripper", among=self._joints)
+        names = joint_states.name_list("gripper", among=list(self._joints))
         if len(names) not in (1, 2):
             raise joint_states.wrong("gripper", "one joint or two")
-        gripper = [self._joints.index(name) for name in (names[0], names[-1])]  # one stands for both fingers
+        (stream, left), (other, right) = self._joints[names[0]], self._joints[names[-1]]  # one stands for both fingers
         reference = np.array(self._nominal_orientation())
         origin = np.array([*ee_pose.numbers("origin_xyz", 3, (0.0, 0.0, 0.0)), 0.0, 0.0, 0.0, 0.0])
-        return lambda values: state_vector(values["ee_pose"] - origin, values["joint_position"][gripper], reference)
+
+        def state_of(values: Mapping[str, np.ndarray]) -> np.ndarray:
+            fingers = np.array([values[stream][left], values[other][right]])
+            return state_vector(values["ee_pose"] - origin, fingers, reference)
+
+        return state_of
+
+    def _joint_position(self) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+        streams = [topic.stream for topic in self._joint_topics]
+        return lambda values: np.concatenate([values[stream] for stream in streams]).astype(np.float32)
 
     def _ee_pose_frame(self, command: CommandSpec) -> str:
         """A twist's axes are those of the state: what is measured in another frame corrects in the wrong direction."""
@@ -457,19 +504,27 @@ class _Builder:
     def _measured(
         self, command: CommandSpec, gripper: GripperSpec | None, hold: HoldPolicy
     ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-        """Stream values to the measured position in action units; ``joint_states`` has the driver's units."""
+        """Stream values to the measured position in action units; joint states have the driver's units."""
         names = self._measured_joints(gripper, hold)
         order = [names[channel] for channel in command.mapping.channels]
-        rows = [i for i, name in enumerate(order) if name is not None]
-        sources = [self._joints.index(order[i]) for i in rows]
+        parts = []
+        for topic in self._joint_topics:
+            rows = [i for i, name in enumerate(order) if name in topic.names]
+            if rows:
+                parts.append((topic.stream, rows, [topic.names.index(order[i]) for i in rows]))
         size = len(self._actions)
 
         def measured_of(values: Mapping[str, np.ndarray]) -> np.ndarray:
             position = np.full(len(order), np.nan)
-            position[rows] = values["joint_position"][sources]
+            for stream, rows, sources in parts:
+                position[rows] = values[stream][sources]
             return command.mapping.to_action(position, np.full(size, np.nan))
 
         return measured_of
+
+    def _measured_streams(self, gripper: GripperSpec | None, hold: HoldPolicy) -> tuple[str, ...]:
+        measured = {self._joints[name][0] for name in self._measured_joints(gripper, hold) if name is not None}
+        return tuple(topic.stream for topic in self._joint_topics if topic.stream in measured)
 
     def _measured_joints(self, gripper: GripperSpec | None, hold: HoldPolicy) -> Sequence[str | None]:
         """The joint that measures each action channel; None for one (a gripper's) that none measures."""
@@ -485,7 +540,3 @@ class _Builder:
                 allowed = "null: it is the gripper's" if at_gripper else f"one of {list(self._joints)}, once"
                 raise action.wrong(f"measured[{i}]", allowed, name)
         return names
-
-
-def _joint_position(values: Mapping[str, np.ndarray]) -> np.ndarray:
-    return values["joint_position"].astype(np.float32)

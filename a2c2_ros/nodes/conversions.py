@@ -13,7 +13,7 @@ from sensor_msgs.msg import Image, JointState
 
 from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.controller import ControlStep
-from a2c2_ros.core.errors import ChunkError, ObservationError
+from a2c2_ros.core.errors import ChunkError, ObservationError, OtherJointsError
 from a2c2_ros.core.health import Status
 from a2c2_ros.core.planner import ChunkRequest
 from a2c2_ros.core.replay import RecordedStep
@@ -153,6 +153,7 @@ def joint_state_to_array(message: JointState, names: tuple[str, ...]) -> np.ndar
     """Positions in the order of ``names``, (len(names),) float64 [rad or m]; the message may have another order.
 
     Raises:
+        OtherJointsError: If none of the joints is in it.
         ObservationError: If a joint is missing or names and positions differ in number.
     """
     if len(message.name) != len(message.position):
@@ -160,7 +161,8 @@ def joint_state_to_array(message: JointState, names: tuple[str, ...]) -> np.ndar
     positions = dict(zip(message.name, message.position, strict=True))
     missing = [name for name in names if name not in positions]
     if missing:
-        raise ObservationError(f"joint state lacks the joints {missing}, it has {list(message.name)}")
+        error = OtherJointsError if len(missing) == len(names) else ObservationError
+        raise error(f"joint state lacks the joints {missing}, it has {list(message.name)}")
     return np.array([positions[name] for name in names], dtype=np.float64)
 
 

@@ -32,7 +32,7 @@ class KinetixSim(SimulatorNode):
             mine = self._env.state_names if name == "joint_states.names" else self._env.action_names
             if tuple(theirs) != mine:
                 raise ConfigError(f"robot {config.robot}: {name} is {list(theirs)}, the level has {list(mine)}")
-        self._joints = self.create_publisher(JointState, profile.joint_states_topic, sensor_qos(config.lockstep))
+        self._joints = self.create_publisher(JointState, profile.joint_topics[0].topic, sensor_qos(config.lockstep))
         self._env.compile(1)
         self.start(profile, STEP_NS)
 

@@ -34,7 +34,7 @@ class LiberoSim(SimulatorNode):
         self._requested_state = config.initial_state
         qos = sensor_qos(config.lockstep)
         self._cameras = {c.name: self.create_publisher(Image, c.topic, qos) for c in profile.cameras}
-        self._joints = self.create_publisher(JointState, profile.joint_states_topic, qos)
+        self._joints = self.create_publisher(JointState, profile.joint_topics[0].topic, qos)
         self._pose = self.create_publisher(PoseStamped, profile.ee_pose_topic, qos)
         self._expert = self.create_publisher(JointState, "expert_action", reliable_qos(100)) if config.expert else None
         takes_over = config.takeover_after_steps >= 0

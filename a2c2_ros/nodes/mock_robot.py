@@ -79,7 +79,9 @@ class MockRobot(PlainNode):
         self._pushes = Pushes(np.random.default_rng(config.seed), config.push_speed_m_s)
         self._status: EpisodeStatus | None = None
         self._commanded = False
-        self._joints = self.create_publisher(JointState, profile.joint_states_topic, reliable_qos(1))
+        self._joints = {
+            joints: self.create_publisher(JointState, joints.topic, reliable_qos(1)) for joints in profile.joint_topics
+        }
         self._pose = None
         if profile.ee_pose_topic is not None:
             self._pose = self.create_publisher(PoseStamped, profile.ee_pose_topic, reliable_qos(1))
@@ -196,9 +198,15 @@ class MockRobot(PlainNode):
         now_ns = self._now_ns()
         self._arm.advance(now_ns)
         positions, pose = self._arm.measure()
-        message = array_to_joint_state(positions, self._arm.joint_names, now_ns)
-        message.velocity = self._arm.velocity.tolist()
-        self._joints.publish(message)
+        rows = dict(zip(self._arm.joint_names, zip(positions, self._arm.velocity, strict=True), strict=True))
+        apart = {name for joints in self._profile.joint_topics[1:] for name in joints.names}
+        for joints, publisher in self._joints.items():
+            # A driver publishes all joints that it has.
+            first = joints.stream == "joint_position"
+            names = [name for name in rows if name not in apart] if first else joints.names
+            message = array_to_joint_state([rows[name][0] for name in names], names, now_ns)
+            message.velocity = [float(rows[name][1]) for name in names]
+            publisher.publish(message)
         if self._pose is not None:
             self._pose.publish(array_to_pose(pose, now_ns, self._profile.ee_pose_frame or "base"))
 
@@ -251,15 +259,17 @@ class MockRobot(PlainNode):
         status.steps += 1
         status.timeouts += not self._commanded
         self._commanded = False
-        values = {"joint_position": self._positions(), "ee_pose": self._arm.centre}
+        values = self._positions() | {"ee_pose": self._arm.centre}
         if self._task.update(self._profile.robot.state_of(values)[:3]):
             self._end(EpisodeStatus.SUCCEEDED)
         elif status.steps >= self._settings.value.max_steps:
             self._end(EpisodeStatus.FAILED)
 
-    def _positions(self) -> np.ndarray:
+    def _positions(self) -> dict[str, np.ndarray]:
+        """Every stream of joints as it is, without noise."""
         positions = dict(zip(self._arm.joint_names, self._arm.position, strict=True))
-        return np.array([positions[name] for name in self._profile.joint_names])
+        topics = self._profile.joint_topics
+        return {joints.stream: np.array([positions[name] for name in joints.names]) for joints in topics}
 
     def _end(self, phase: int) -> None:
         self._publish_phase(phase)

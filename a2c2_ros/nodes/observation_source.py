@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import cv2
@@ -11,10 +12,11 @@ import numpy as np
 from geometry_msgs.msg import PoseStamped
 from rclpy.callback_groups import CallbackGroup
 from rclpy.node import Node
+from rclpy.qos import QoSProfile
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
-from a2c2_ros.core.errors import HeadError, ObservationError
+from a2c2_ros.core.errors import HeadError, ObservationError, OtherJointsError
 from a2c2_ros.core.observation import Observation, ObservationBuffer
 from a2c2_ros.drivers.profile import CameraTopic, Profile
 from a2c2_ros.nodes.conversions import (
@@ -30,6 +32,8 @@ from a2c2_ros.nodes.runtime import EdgeLog, sensor_qos
 
 COLOUR_FORMAT = re.compile(r"(\w+; )?(jpe?g|png)( compressed bgr8)?")
 """``CompressedImage.format`` of 8-bit colour: the codec alone, or as image_transport writes it."""
+SHARED_DEPTH = 10
+"""Messages that wait on a topic of several drivers: one driver's must not push out another's."""
 
 
 class ObservationSource:
@@ -71,12 +75,14 @@ class ObservationSource:
         self._worker = None if prepare is None else LatestWorker(self._prepare_and_put, priority, longest_s)
         self._buffer = ObservationBuffer(profile.robot.streams)
         self.received: Counter[str] = Counter()  # messages per stream, refused ones too
-        self._qos = sensor_qos(lockstep)
         self._callback_group = callback_group
         self._subscriptions = []
-        for stream, topic in sensor_topics(profile).items():
+        topics = sensor_topics(profile)
+        streams = Counter(topic.name for topic in topics.values())
+        for stream, topic in topics.items():
             convert = self._preparing(stream, topic.convert) if topic.image else topic.convert
-            self._subscribe(topic.message_type, topic.name, stream, convert, topic.image)
+            qos = sensor_qos(lockstep, SHARED_DEPTH if streams[topic.name] > 1 else 1)
+            self._subscribe(topic.message_type, topic.name, stream, convert, qos, topic.image)
 
     @property
     def dropped(self) -> int:
@@ -100,7 +106,7 @@ class ObservationSource:
             self._worker.stop()
 
     def _subscribe(
-        self, message_type: type, topic: str, stream: str, convert: "Converter", image: bool = False
+        self, message_type: type, topic: str, stream: str, convert: "Converter", qos: QoSProfile, image: bool
     ) -> None:
         def take(message) -> None:
             self.received[stream] += 1
@@ -111,7 +117,7 @@ class ObservationSource:
 
         self._subscriptions.append(
             self._node.create_subscription(
-                message_type, topic, take, self._qos, callback_group=self._callback_group, raw=image
+                message_type, topic, take, qos, callback_group=self._callback_group, raw=image
             )
         )
 
@@ -127,11 +133,20 @@ class ObservationSource:
             if not self._lockstep:  # there, sensor data may be ahead of /clock by the transport
                 latest_ns = self._node.get_clock().now().nanoseconds + self._future_tolerance_ns()
             self._buffer.put(stream, *convert(message), latest_ns)
+        except OtherJointsError as error:
+            if not self._hears(stream, to_ns(message.header.stamp)):
+                self._log.problem(stream, f"sample of {stream} refused: {error}")
+            return False
         except ObservationError as error:
             self._log.problem(stream, f"sample of {stream} refused: {error}")
             return False
         self._log.fine(stream)
         return True
+
+    def _hears(self, stream: str, stamp_ns: int) -> bool:
+        """Whether the stream has its own samples: then one without its joints is another driver's on the same topic."""
+        heard_ns = self._buffer.snapshot().stamps_ns.get(stream)
+        return heard_ns is not None and abs(stamp_ns - heard_ns) <= self._buffer.streams[stream].max_age_ns
 
     def _preparing(self, camera: str, convert: "Converter") -> "Converter":
         def converted(serialized: bytes) -> tuple[int, np.ndarray]:
@@ -160,8 +175,10 @@ class SensorTopic(NamedTuple):
 
 def sensor_topics(profile: Profile) -> dict[str, SensorTopic]:
     """Stream to its topic, for the nodes and for whoever reads a bag."""
-    joints = _stamped(lambda m: joint_state_to_array(m, profile.joint_names))
-    topics = {"joint_position": SensorTopic(JointState, profile.joint_states_topic, joints)}
+    topics = {}
+    for joints in profile.joint_topics:
+        convert = _stamped(partial(joint_state_to_array, names=joints.names))
+        topics[joints.stream] = SensorTopic(JointState, joints.topic, convert)
     if profile.ee_pose_topic is not None:
         pose = _stamped(lambda m: pose_to_array(m, profile.ee_pose_frame))
         topics["ee_pose"] = SensorTopic(PoseStamped, profile.ee_pose_topic, pose)

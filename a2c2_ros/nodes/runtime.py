@@ -31,9 +31,10 @@ SIGNAL_CHECK_S = 0.1
 """Longest time from a signal to its effect: Python's handlers run only between two waits."""
 
 
-def sensor_qos(lockstep: bool) -> QoSProfile:
+def sensor_qos(lockstep: bool, depth: int = 1) -> QoSProfile:
     """Newest sample only; best effort, but reliable in lockstep, where a lost image would stop the simulation."""
-    return QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE if lockstep else ReliabilityPolicy.BEST_EFFORT)
+    reliability = ReliabilityPolicy.RELIABLE if lockstep else ReliabilityPolicy.BEST_EFFORT
+    return QoSProfile(depth=depth, reliability=reliability)
 
 
 def latched_qos(depth: int) -> QoSProfile:

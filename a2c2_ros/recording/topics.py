@@ -25,7 +25,8 @@ def recorded_topics(profile: Profile) -> tuple[str, ...]:
     A name whose topic does not exist in a run is recorded when its first publisher appears, and costs nothing before.
     """
     robot = [camera.topic for camera in profile.cameras]
-    robot += [profile.joint_states_topic, profile.ee_pose_topic, profile.ready_topic, profile.command_topic]
+    robot += [joints.topic for joints in profile.joint_topics]
+    robot += [profile.ee_pose_topic, profile.ready_topic, profile.command_topic]
     if profile.gripper is not None and profile.gripper.kind not in GRIPPER_ACTION_KINDS:  # bags hold no goals
         robot.append(profile.gripper.topic)
     return tuple(dict.fromkeys(name for name in (*robot, *OF_NODES, *OF_OTHERS) if name is not None))

@@ -88,11 +88,11 @@ class Pushes:
 class ReachEnv:
     """The task on a simulated arm, without ROS: an ``Environment`` of ``evaluation.rollout``.
 
-    Observations are those of the robot's driver: ``joint_position`` (J,) [rad, m] and ``ee_pose`` (7,) in the base.
+    Observations are those of the robot's driver: streams of joint positions [rad, m], and ``ee_pose`` (7,) in the base.
 
     Args:
         make_arm: A new arm from a seed.
-        joint_names: Order of ``joint_position``.
+        joint_names: Stream to its joints.
         state_of: State (8,) of an observation, relative to the origin of the robot's profile.
         drive: Hands an action (7,) to the arm as the robot's sink and driver would.
         step_ns: Control step [ns].
@@ -102,14 +102,14 @@ class ReachEnv:
     def __init__(
         self,
         make_arm: Callable[[int], Arm],
-        joint_names: Sequence[str],
+        joint_names: Mapping[str, Sequence[str]],
         state_of: Callable[[Mapping[str, np.ndarray]], np.ndarray],
         drive: Callable[[Arm, np.ndarray], None],
         step_ns: int,
         push_speed_m_s: float = 0.0,
     ) -> None:
         self._make_arm = make_arm
-        self._names = tuple(joint_names)
+        self._names = joint_names
         self._state_of = state_of
         self._drive = drive
         self._step_ns = step_ns
@@ -146,5 +146,6 @@ class ReachEnv:
         return self._observation(*self.arm.measure()), self._task.update(truth[:3])
 
     def _observation(self, positions: np.ndarray, pose: np.ndarray) -> dict[str, np.ndarray]:
-        rows = [self.arm.joint_names.index(name) for name in self._names]
-        return {"joint_position": positions[rows], "ee_pose": pose}
+        position = dict(zip(self.arm.joint_names, positions, strict=True))
+        joints = {stream: np.array([position[name] for name in names]) for stream, names in self._names.items()}
+        return joints | {"ee_pose": pose}

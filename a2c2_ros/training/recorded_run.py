@@ -4,7 +4,7 @@ import itertools
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from sensor_msgs.msg import JointState
 from a2c2_ros import provenance
 from a2c2_ros.core.chunk import ActionChunk
 from a2c2_ros.core.config import ControllerConfig
-from a2c2_ros.core.errors import ChunkError, ConfigError, ObservationError
+from a2c2_ros.core.errors import ChunkError, ConfigError, ObservationError, OtherJointsError
 from a2c2_ros.core.head import CorrectionHead
 from a2c2_ros.core.replay import RecordedStep, Samples
 from a2c2_ros.core.robot import Robot
@@ -49,6 +49,8 @@ UNITS = {
     "gripper": ("open", "closed"),
 }
 """Entries of a robot profile that say what numbers of state and action mean."""
+Reader = Callable[[bytes], tuple[int, np.ndarray]]
+"""From a serialised message to its stamp [ns] and value."""
 
 
 @dataclass(eq=False)
@@ -199,9 +201,9 @@ class Recording:
         people: list[tuple[int, np.ndarray]] = []
         found: dict[str, list[tuple[int, np.ndarray | int]]] = {name: [] for name in self.robot.streams}
         seen: Counter[str] = Counter()
-        converters = {
-            absolute(topic, namespace): (stream, convert) for stream, (topic, convert) in streams_of(profile).items()
-        }
+        converters: dict[str, dict[str, Reader]] = {}
+        for stream, (topic, convert) in streams_of(profile).items():
+            converters.setdefault(absolute(topic, namespace), {})[stream] = convert
         messages = {
             "control_step": (ControlStepMsg, self._on_step),
             "control_configuration": (ControlConfiguration, self._on_configuration),
@@ -219,18 +221,18 @@ class Recording:
                     kind, take = handlers[message.topic]
                     take(deserialize_message(message.data, kind))
                 else:
-                    stream, convert = converters[message.topic]
-                    stamp_ns, value = convert(message.data)
-                    if value.dtype.kind == "f" and not np.isfinite(value).all():
-                        raise ObservationError(f"a sample of {stream} is not finite")
-                    found[stream].append((stamp_ns, number if stream in self.robot.cameras else value))
+                    for stream, stamp_ns, value in _samples_of(message.data, converters[message.topic]):
+                        if value.dtype.kind == "f" and not np.isfinite(value).all():
+                            raise ObservationError(f"a sample of {stream} is not finite")
+                        found[stream].append((stamp_ns, number if stream in self.robot.cameras else value))
             except (ObservationError, ChunkError, RuntimeError, ValueError):
                 self.refused[message.topic] += 1
         self.takeovers = samples(people)
         self._found = found
         self._readers = {
             stream: partial(Images, partial(read_bag, self.path, [topic]), convert)
-            for topic, (stream, convert) in converters.items()
+            for topic, of_topic in converters.items()
+            for stream, convert in of_topic.items()
             if stream in self.robot.cameras
         }
         if not self.episodes:
@@ -344,10 +346,23 @@ def recorded_profile(message: ControlConfiguration, folder: Path, given: Path | 
     return load_profile(str(path))
 
 
-def streams_of(profile: Profile) -> dict[str, tuple[str, Callable[[bytes], tuple[int, np.ndarray]]]]:
+def _samples_of(data: bytes, readers: Mapping[str, Reader]) -> list[tuple[str, int, np.ndarray]]:
+    """Stream, stamp and value of what a message says to the streams of its topic: at least to one of them."""
+    found, not_for_it = [], None
+    for stream, read in readers.items():
+        try:
+            found.append((stream, *read(data)))
+        except OtherJointsError as error:
+            not_for_it = error
+    if not found:
+        raise not_for_it
+    return found
+
+
+def streams_of(profile: Profile) -> dict[str, tuple[str, Reader]]:
     """Stream to its topic and what makes stamp and value of a serialised message, as in ``ObservationSource``."""
 
-    def of_bytes(topic: SensorTopic) -> Callable[[bytes], tuple[int, np.ndarray]]:
+    def of_bytes(topic: SensorTopic) -> Reader:
         if topic.image:
             return topic.convert
         return lambda data: topic.convert(deserialize_message(data, topic.message_type))
