@@ -43,8 +43,8 @@ from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.replay import RecordedStep, Samples, observed, replay
 from a2c2_ros.core.safety import MOVING, State
 from a2c2_ros.policies.language import LANGUAGE_DIM, InstructionEncoder
+from a2c2_ros.training.assembling import assemble, features_of
 from a2c2_ros.training.dataset import IMAGE_PREFIX
-from a2c2_ros.training.demonstrations import assemble, features_of
 from a2c2_ros.training.joining import save_executed, save_language, save_record
 from a2c2_ros.training.recorded_run import Episode, Recording
 

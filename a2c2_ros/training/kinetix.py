@@ -25,9 +25,9 @@ from a2c2_ros.policies.flow import load_network
 from a2c2_ros.settings import check_settings
 from a2c2_ros.sim.kinetix_env import ACTION_SPACE, CONTROL_RATE_HZ, KinetixEnv
 from a2c2_ros.sim.kinetix_level import load_level
+from a2c2_ros.training.assembling import assemble
 from a2c2_ros.training.cache_chunks import cache_chunks
 from a2c2_ros.training.dataset import Augmentation, load_demonstrations
-from a2c2_ros.training.demonstrations import assemble
 from a2c2_ros.training.joining import load_base
 from a2c2_ros.training.kinetix_budget import Budget
 from a2c2_ros.training.kinetix_expert import Expert, ExpertConfig, Rollouts, load_expert, train_expert

@@ -15,24 +15,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from a2c2_ros import provenance
 from a2c2_ros.commands import command
 from a2c2_ros.core.config import ControllerConfig, PlannerConfig
 from a2c2_ros.core.controller import ControlStep, CorrectionLoop
-from a2c2_ros.core.errors import A2C2Error, ConfigError
+from a2c2_ros.core.errors import ConfigError
 from a2c2_ros.core.robot import Robot
-from a2c2_ros.core.state import state_vector
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.evaluation.rollout import run_episode
-from a2c2_ros.jobs import interrupt_on_termination, run_jobs
+from a2c2_ros.jobs import interrupt_on_termination
 from a2c2_ros.paths import model_path
 from a2c2_ros.policies.base import ChunkPolicy, Continuation, PolicyOutput
 from a2c2_ros.settings import check_settings
 from a2c2_ros.sim import conventions
 from a2c2_ros.sim.expert import Labeller
-from a2c2_ros.training.demonstrations import BLOCK, FEATURES, assemble, part_path
+from a2c2_ros.training.assembling import assemble
+from a2c2_ros.training.episodes import FEATURES, Frames, part_path, record_blocks, save_part, wanted_parts
 from a2c2_ros.training.joining import save_executed, save_record
 
 SEED_STREAM = 1_000_003
@@ -93,7 +92,7 @@ def visit(
         SimulationError: If the loop has no command for a step.
     """
     remembering = _Remembering(policy)
-    frames: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES}
+    frames = Frames()
     chunk: list[int] = []
     slot: list[int] = []
     labeller: Labeller | None = None
@@ -106,15 +105,7 @@ def visit(
         label = labeller.label(observation)
         if label is None:
             raise _NoLabelError
-        for name in conventions.CAMERAS:
-            frames[f"observation.images.{name}"].append(observation[name])
-        frames["observation.state"].append(
-            state_vector(observation["ee_pose"], observation["joint_position"][-2:], conventions.NOMINAL_EE_QUAT_XYZW)
-        )
-        objects = [env.object_pose(name)[:3] for name in (conventions.TARGET_BOWL, conventions.PLATE)]
-        frames["observation.objects"].append(np.concatenate(objects).astype(np.float32))
-        frames["action"].append(label.astype(np.float32))
-        frames["action.executed"].append(step.command.astype(np.float32))
+        frames.add(env, observation, label, step.command)
         chunk.append(step.chunk_id - 1)
         slot.append(step.slot)
 
@@ -138,7 +129,7 @@ def visit(
         "actions": np.stack([output.actions for output in remembering.outputs]),
         "latents": np.stack([output.latent for output in remembering.outputs]),
     }
-    return {name: np.stack(values) for name, values in frames.items()}, base, solved
+    return frames.arrays(), base, solved
 
 
 def run_block(args: argparse.Namespace, task: int, first: int, last: int) -> None:
@@ -160,11 +151,8 @@ def run_block(args: argparse.Namespace, task: int, first: int, last: int) -> Non
             seed = int(np.random.SeedSequence((SEED_STREAM, args.seed, task, episode)).generate_state(1)[0])
             config = planner_config(args, policy.horizon, seed >> 1)  # the planner's seeds have 31 bits
             frames, base, solved = visit(env, robot, policy, loop, config, seed, args.max_steps)
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
-                base = {f"executed.{name}": values for name, values in base.items()}
-                np.savez(file, instruction=env.instruction, solved=solved, **frames, **base)
-            partial.replace(path)
+            base = {f"executed.{name}": values for name, values in base.items()}
+            save_part(path, instruction=env.instruction, solved=solved, **frames, **base)
 
 
 def planner_config(args: argparse.Namespace, horizon: int, seed: int = 0) -> PlannerConfig:
@@ -219,47 +207,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_block(args, *args.block)
         return 0
     interrupt_on_termination()
-    tasks = conventions.parse_tasks(args.tasks)
-    if args.episodes_per_task < 1:
-        raise ConfigError(f"--episodes-per-task is {args.episodes_per_task}, allowed is 1 or more")
     if not 1 <= args.max_steps <= conventions.MAX_STEPS:
         raise ConfigError(f"--max-steps is {args.max_steps}, allowed is 1 to {conventions.MAX_STEPS}")
     settings = settings_of(args)
-    if args.out.exists():
-        raise ConfigError(f"{args.out} exists already; choose another --out or remove it")
-    wanted = [part_path(args.out, task, episode) for episode in range(args.episodes_per_task) for task in tasks]
-    wanted[0].parent.mkdir(parents=True, exist_ok=True)
+    wanted = wanted_parts(args)
     check_settings(wanted[0].parent / "settings.json", settings)
-    record(args, argv, tasks, wanted)
+    record_blocks("a2c2_ros.training.on_policy", argv, args, "on-policy episodes")
     staging = args.out.with_name(args.out.name + ".staging")
-    assemble(staging, wanted)
+    assemble(staging, wanted, FEATURES)
     save_executed(staging, wanted, settings["policy_id"])
     save_record(staging, wanted, settings)
     staging.rename(args.out)
     return 0
-
-
-def record(args: argparse.Namespace, argv: Sequence[str], tasks: Sequence[int], wanted: Sequence[Path]) -> None:
-    """Record the missing episodes in blocks, with a progress bar.
-
-    Raises:
-        A2C2Error: If a block's process failed; what was finished is kept.
-    """
-    jobs = {}
-    for first in range(0, args.episodes_per_task, BLOCK):
-        last = min(first + BLOCK, args.episodes_per_task)
-        for task in tasks:
-            if not all(part_path(args.out, task, episode).exists() for episode in range(first, last)):
-                command = [sys.executable, "-m", "a2c2_ros.training.on_policy", *argv]
-                jobs[f"task{task:02d}_from{first:04d}"] = [*command, "--block", str(task), str(first), str(last)]
-    with tqdm(total=len(wanted), unit="episode", desc="on-policy episodes") as bar:
-
-        def show() -> None:
-            bar.update(sum(path.exists() for path in wanted) - bar.n)
-
-        failed = run_jobs(jobs, args.workers, wanted[0].parent, show)
-    if failed:
-        raise A2C2Error(f"blocks {failed} failed, see {wanted[0].parent}/*.log; run the same command to continue")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ from a2c2_ros.heads.samples import dataset_samples
 from a2c2_ros.policies.flow import CONFIG_FILE, WEIGHTS_FILE, FlowPolicy, load_network
 from a2c2_ros.sim.arms import Arm, arm_of
 from a2c2_ros.sim.reach import INSTRUCTIONS, MAX_STEPS, TARGETS, ReachEnv, expert_action
+from a2c2_ros.training.assembling import assemble, features_of
 from a2c2_ros.training.cache_chunks import cache_chunks
 from a2c2_ros.training.dataset import load_demonstrations
-from a2c2_ros.training.demonstrations import assemble, features_of
 from a2c2_ros.training.joining import load_base
 from a2c2_ros.training.loop import LoopConfig
 from a2c2_ros.training.train_head import make_head, train_head
