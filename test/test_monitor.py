@@ -21,7 +21,7 @@ from a2c2_ros.recording.film import BASE_COLOUR, COMMAND_COLOUR, VideoWriter, dr
 
 
 def test_statistics_of_control_steps():
-    statistics = Statistics()
+    statistics = Statistics(keep=(1,))
     for episode in range(2):
         statistics.new_episode()
         for n in range(10):
@@ -31,6 +31,7 @@ def test_statistics_of_control_steps():
             step.chunk_delay_steps = float(chunk * 4)
             step.period_error_s = -0.002 if n == 5 else 0.001
             step.head_time_s = 0.003 if n else 0.0
+            step.base_action, step.command = [0.25 * n + chunk, 9.0 * n], [0.125 * n, -9.0 * n]
             statistics.add(step)
     for ms in (10.0, 30.0):
         statistics.add_chunk(PlannerTiming(policy_id="flow-1", inference_time_s=ms / 1e3, transport_time_s=0.002))
@@ -46,6 +47,14 @@ def test_statistics_of_control_steps():
         "inference_ms_p50": 20.0,
         "inference_ms_p99": 29.8,
         "transport_ms_p50": 2.0,
+        "seam_base_p50": 1.25,
+        "seam_base_p99": 1.25,
+        "seam_command_p50": 0.125,
+        "seam_command_p99": 0.125,
+        "between_seams_base_p50": 0.25,
+        "between_seams_base_p99": 0.25,
+        "between_seams_command_p50": 0.125,
+        "between_seams_command_p99": 0.125,
         "policy_ids": ["flow-1"],
         "states": {"base_only": 2, "running": 18},
     }, "the first chunk of an episode is waited for and does not count as a delay"
@@ -55,6 +64,7 @@ def test_nothing_measured_is_none_and_not_zero():
     result = summarise(Statistics())
     assert result["ticks"] == 0
     assert result["head_ms_p50"] is result["chunk_delay_steps_p50"] is result["period_error_ms_p99"] is None
+    assert result["seam_command_p99"] is None
 
 
 def test_frame_shows_base_and_executed_action():

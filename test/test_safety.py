@@ -587,6 +587,8 @@ def test_diagnostics_say_what_is_wrong():
     assert lines["observations"].values["camera.received"] == "30"
     assert lines["observations"].values["camera.refused"] == "2"
     assert lines["chunk"].values["accepted"] == "1" and lines["chunk"].values["slot"] == "2"
+    assert lines["chunk"].values["base change at seams max"] == "none", "there was one chunk"
+    assert float(lines["chunk"].values["command change between seams max"]) > 0.0
     assert lines["state"].level == Level.WARN, "every step was limited"
     for step in arm.ticks(2, camera=10):
         health.add(step, StepTiming(5_000_000, 100_000, 0, 3))

@@ -18,7 +18,7 @@ from a2c2_ros.core.head import CorrectionHead, HeadInput
 from a2c2_ros.core.limits import LimitFlag
 from a2c2_ros.core.observation import CLOCK_JUMP_NS, Observation
 from a2c2_ros.core.robot import Robot
-from a2c2_ros.core.safety import MOVING, Latch, Reason, State, Verdict, stale_stream
+from a2c2_ros.core.safety import EXECUTING, MOVING, Latch, Reason, State, Verdict, stale_stream
 from a2c2_ros.core.takeover import Takeover
 
 
@@ -276,7 +276,7 @@ class CorrectionLoop:
             (n, A) float32, the base actions of the slots that follow, within the limits from the step's command on; n
             is 0 unless the step executed a slot.
         """
-        if step.state not in (State.RUNNING, State.BASE_ONLY):
+        if step.state not in EXECUTING:
             return np.zeros((0, len(self._robot.action_names)), np.float32)
         chunk, _ = self._first_slot
         return self._governor.foresee(chunk.actions[step.slot + 1 :])

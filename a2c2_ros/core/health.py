@@ -10,7 +10,8 @@ import numpy as np
 from a2c2_ros.core.config import ControllerConfig
 from a2c2_ros.core.controller import ControlStep
 from a2c2_ros.core.limits import LimitFlag
-from a2c2_ros.core.safety import LATCHED, Reason, State
+from a2c2_ros.core.safety import EXECUTING, LATCHED, Reason, State
+from a2c2_ros.core.seams import Change, ChangeMeter
 from a2c2_ros.core.timing import ChunkTiming, StepTiming
 
 
@@ -36,12 +37,17 @@ class LoopHealth:
     """Collects the control steps of the last report's interval.
 
     :meth:`add` may be called by another thread than :meth:`report`.
+
+    Args:
+        streams: Names of the sensor streams.
+        keep: Channels of grippers, whose changes do not count.
     """
 
     CAPACITY = 100_000
 
-    def __init__(self, streams: Sequence[str]) -> None:
+    def __init__(self, streams: Sequence[str], keep: Sequence[int] = ()) -> None:
         self._streams = tuple(streams)
+        self._meter = ChangeMeter(keep)
         self._records: deque[tuple[ControlStep, StepTiming]] = deque(maxlen=self.CAPACITY)
         self._states: Counter[State] = Counter()
         self._reasons: Counter[Reason] = Counter()
@@ -80,7 +86,13 @@ class LoopHealth:
         if not records:
             return [timing]
         last = records[-1][0]
-        return [timing, self._observations(last, received, refused), _chunk(last, chunks), self._state(config, records)]
+        changes = [change for step, timing in records if (change := self._change(step, timing)) is not None]
+        chunk = _chunk(last, chunks, changes)
+        return [timing, self._observations(last, received, refused), chunk, self._state(config, records)]
+
+    def _change(self, step: ControlStep, timing: StepTiming) -> Change | None:
+        executed = step.t_obs_ns if step.state in EXECUTING else 0
+        return self._meter.add(executed, step.base_action, step.command, timing.missed)
 
     def _timing(
         self, config: ControllerConfig, interval_s: float, records: list[tuple[ControlStep, StepTiming]]
@@ -177,7 +189,7 @@ def planner_status(
     return _status("inference", problems, values)
 
 
-def _chunk(last: ControlStep, chunks: Mapping[str, int]) -> Status:
+def _chunk(last: ControlStep, chunks: Mapping[str, int], changes: Sequence[Change]) -> Status:
     age_ms = f"{(last.t_tick_ns - last.t_obs_ns) / 1e6:.1f}" if last.chunk_id else "none"
     values = {
         "chunk_id": str(last.chunk_id),
@@ -185,10 +197,21 @@ def _chunk(last: ControlStep, chunks: Mapping[str, int]) -> Status:
         "horizon": str(last.horizon),
         "age [ms]": age_ms,
         "measured delay [steps]": str(last.chunk_delay_steps),
+        **{f"{name} max": _percentile(np.array(values), 100) for name, values in _by_place(changes).items()},
         **{name: str(n) for name, n in sorted(chunks.items())},
     }
     unwanted = last.state in LATCHED or last.state == State.WAITING
     return _status("chunk", [] if last.chunk_id or unwanted else ["no chunk for this tick"], values)
+
+
+def _by_place(changes: Sequence[Change]) -> dict[str, list[float]]:
+    """Largest change of any channel from tick to tick [action units]."""
+    places = {"at seams": [c for c in changes if c.seam], "between seams": [c for c in changes if not c.seam]}
+    return {
+        f"{what} change {place}": [getattr(change, what) for change in found]
+        for place, found in places.items()
+        for what in ("base", "command")
+    }
 
 
 def _status(name: str, problems: list[str], values: Mapping[str, str]) -> Status:

@@ -50,7 +50,9 @@ class Reason(IntEnum):
     ROBOT_STOPPED = 23  # the robot says that it executes no commands, or was not heard yet
 
 
-MOVING = frozenset({State.RUNNING, State.BASE_ONLY, State.TAKEOVER})
+EXECUTING = frozenset({State.RUNNING, State.BASE_ONLY})
+"""The policy's chunk is executed."""
+MOVING = EXECUTING | {State.TAKEOVER}
 LATCHED = frozenset({State.STOPPED, State.FAULT})
 
 

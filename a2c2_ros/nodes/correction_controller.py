@@ -172,7 +172,7 @@ class CorrectionController(ManagedNode):
         self._takeover_subscription = self.create_subscription(
             JointState, "takeover", self._on_takeover, reliable_qos(1), callback_group=self._inputs
         )
-        self._health = LoopHealth(self._stream_names)
+        self._health = LoopHealth(self._stream_names, self._profile.robot.hold.keep)
         self._reported_s = time.monotonic()
         # What exists now lives as long as the node: the collector need not look at it again.
         gc.collect()

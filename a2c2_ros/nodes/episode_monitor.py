@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 
 from a2c2_ros.core.config import Parameters, parameter
 from a2c2_ros.core.errors import ConfigError, ObservationError
-from a2c2_ros.core.safety import State
+from a2c2_ros.core.safety import EXECUTING, State
+from a2c2_ros.core.seams import ChangeMeter, Seams
 from a2c2_ros.core.timing import Window
 from a2c2_ros.drivers.profile import load_profile
 from a2c2_ros.msg import ControlConfiguration, ControlStep, EpisodeStatus, PlannerTiming
@@ -65,9 +67,13 @@ class MonitorConfig(Parameters):
 
 
 class Statistics:
-    """What is measured over an episode or a run."""
+    """What is measured over an episode or a run.
 
-    def __init__(self) -> None:
+    Args:
+        keep: Channels of grippers, whose changes do not count.
+    """
+
+    def __init__(self, keep: Sequence[int] = ()) -> None:
         self.ticks = 0
         self.missed = 0
         self.period_error_ms = Window()
@@ -77,7 +83,9 @@ class Statistics:
         self.transport_ms = Window()
         self.policies: set[str] = set()
         self.states: Counter[str] = Counter()
-        self._chunk = (0, 0)
+        self.seams = Seams()
+        self._keep = keep
+        self.new_episode()
 
     def add(self, step: ControlStep) -> None:
         """Take one control step."""
@@ -87,9 +95,14 @@ class Statistics:
         if step.head_time_s:
             self.head_ms.add(step.head_time_s * 1e3)
         self.states[State(step.state).name.lower()] += 1
-        chunk = (step.chunk_stamp.sec, step.chunk_stamp.nanosec)
+        chunk = to_ns(step.chunk_stamp)
+        executed = chunk if step.state in EXECUTING else 0
+        command = np.array(step.command) if step.command else None
+        change = self._meter.add(executed, np.array(step.base_action), command, step.missed_ticks)
+        if change is not None:
+            self.seams.add(change)
         if chunk != self._chunk and step.slot >= 0:
-            if self._chunk != (0, 0):  # the first chunk of an episode is waited for: its delay is no delay
+            if self._chunk:  # the first chunk of an episode is waited for: its delay is no delay
                 self.chunk_delay_steps.add(step.chunk_delay_steps)
             self._chunk = chunk
 
@@ -101,7 +114,8 @@ class Statistics:
 
     def new_episode(self) -> None:
         """The next chunk is the first of an episode."""
-        self._chunk = (0, 0)
+        self._chunk = 0  # stamp of its observation [ns]
+        self._meter = ChangeMeter(self._keep)
 
 
 class EpisodeMonitor(PlainNode):
@@ -118,8 +132,8 @@ class EpisodeMonitor(PlainNode):
             self._out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out is {config.out!r} and cannot be made: {error}") from error
-        self._run = Statistics()
-        self._episode_statistics = Statistics()
+        self._run = Statistics(self._profile.robot.hold.keep)
+        self._episode_statistics = Statistics(self._profile.robot.hold.keep)
         self._rows: list[dict[str, object]] = []
         self._started: EpisodeStatus | None = None
         self._ended: EpisodeStatus | None = None
@@ -166,7 +180,7 @@ class EpisodeMonitor(PlainNode):
             self._finish_episode()
             self._started, self._ended = message, None
             self._number = self._free_number(message)
-            self._episode_statistics = Statistics()
+            self._episode_statistics = Statistics(self._profile.robot.hold.keep)
             self._run.new_episode()
             return
         if self._started is None:
@@ -312,6 +326,7 @@ def summarise(statistics: Statistics) -> dict[str, object]:
         "inference_ms_p50": rounded(statistics.inference_ms, 50),
         "inference_ms_p99": rounded(statistics.inference_ms, 99),
         "transport_ms_p50": rounded(statistics.transport_ms, 50),
+        **{name: None if v is None else round(v, 4) for name, v in statistics.seams.percentiles((50, 99)).items()},
         "policy_ids": sorted(statistics.policies),
         "states": dict(statistics.states),
     }
