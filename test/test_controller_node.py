@@ -34,7 +34,7 @@ from a2c2_ros.core.observation import Observation
 from a2c2_ros.core.safety import Reason, State
 from a2c2_ros.core.timing import Tick
 from a2c2_ros.drivers.profile import load_profile
-from a2c2_ros.nodes import correction_controller, handover, head_loader
+from a2c2_ros.nodes import correction_controller, handover, head_loader, observation_source
 from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state, array_to_pose, chunk_to_message, to_ns
 from a2c2_ros.nodes.correction_controller import CorrectionController
 from a2c2_ros.nodes.observation_source import ObservationSource
@@ -187,6 +187,38 @@ def test_a_press_is_not_pushed_out_by_what_came_after_it_while_the_executor_was_
         until(lambda: node._loop.latched)
 
 
+def test_a_first_configuration_that_fails_leaves_no_robot_that_cannot_be_stopped(monkeypatch):
+    with ros(robot="panda", correction__enabled=False, correction__model_path="''", autostart=False):
+        node = CorrectionController()
+        with monkeypatch.context() as patch:
+
+            def fail(*_, **__):
+                raise RuntimeError("no more")
+
+            patch.setattr(node, "create_service", fail)
+            assert node.trigger_configure() == TransitionCallbackReturn.FAILURE
+        assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+        with peer_of(node) as (peer, until):
+            stop = peer.create_publisher(Bool, "emergency_stop", reliable_qos(1))
+            pressed = lambda: node._permission.latch.verdict.reason == Reason.EMERGENCY_STOP  # noqa: E731
+            until(lambda: stop.publish(Bool(data=True)) or pressed())
+        services = [name for name, _ in node.get_service_names_and_types_by_node("correction_controller", "/")]
+        assert services.count("/correction_controller/enable") == 1
+        node.close()
+        node.destroy_node()
+
+
+def test_a_loop_that_could_not_start_does_not_keep_a_stop_waiting(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("can't start new thread")
+
+    with controller() as node:
+        monkeypatch.setattr(correction_controller, "TickThread", fail)
+        assert node.trigger_activate() != TransitionCallbackReturn.SUCCESS
+        monkeypatch.setattr(handover, "ANSWER_TIMEOUT_S", 0.0)
+        assert enable(node, False) == (True, "disabled")
+
+
 @pytest.mark.parametrize("way", ["disable", "emergency stop"])
 def test_a_stop_is_not_lost_when_the_loop_answers_late(way, monkeypatch):
     monkeypatch.setattr(handover, "ANSWER_TIMEOUT_S", 0.2)
@@ -336,7 +368,9 @@ def test_a_pose_in_another_frame_than_that_of_the_twists_does_not_move_the_robot
     assert "sample of ee_pose refused: pose is in frame 'base', allowed is 'panda_link0'" in capfd.readouterr().err
 
 
-def test_arm_and_gripper_on_one_topic_are_two_streams_and_neither_is_the_other_s_problem(tmp_path, capfd):
+def test_arm_and_gripper_on_one_topic_are_two_streams_and_neither_is_the_other_s_problem(tmp_path, capfd, monkeypatch):
+    clock_s = [100.0]
+    monkeypatch.setattr(observation_source, "monotonic_s", lambda: clock_s[0])
     entries = yaml.safe_load(robot_profile("panda_forward").read_text())
     hand = {"topic": "joint_states", "names": ["panda_finger_joint1"]}
     entries |= {"more_joint_states": {"hand": hand}, "max_age_s": entries["max_age_s"] | {"hand": 0.5}}
@@ -363,13 +397,15 @@ def test_arm_and_gripper_on_one_topic_are_two_streams_and_neither_is_the_other_s
             say(arm, start_ns + n)
             until(lambda n=n: newest() == {"joint_position": start_ns + n, "hand": start_ns + n})
         assert (refused("joint_position"), refused("hand")) == (0, 1)
-        late_ns = start_ns + 10**9  # the gripper's driver is gone
-        say(arm, late_ns)
-        until(lambda: newest()["joint_position"] == late_ns and refused("hand") == 2)
-        say([*arm, "another"], late_ns + 1)
-        say(arm[:3], late_ns + 2)
+        received = node._source.received
+        assert (received["joint_position"], received["hand"]) == (6, 6), "its own, and what it refused"
+        clock_s[0] += 1.0  # the gripper's driver is gone
+        say(arm, start_ns + 10)
+        until(lambda: newest()["joint_position"] == start_ns + 10 and refused("hand") == 2)
+        say([*arm, "another"], start_ns + 11)
+        say(arm[:3], start_ns + 12)
         until(lambda: refused("joint_position") == 1)
-        assert newest()["joint_position"] == late_ns + 1
+        assert newest()["joint_position"] == start_ns + 11
     assert "sample of hand refused: joint state lacks the joints ['panda_finger_joint1']" in capfd.readouterr().err
 
 

@@ -17,6 +17,7 @@ from a2c2_ros.core.safety import State
 from a2c2_ros.heads.base import manifest_of
 from a2c2_ros.heads.export import to_onnx
 from a2c2_ros.heads.onnx_head import save_graph
+from a2c2_ros.nodes.conversions import array_to_joint_state, joint_state_to_array
 from a2c2_ros.training import from_bag, recorded_run
 from a2c2_ros.training.dataset import load_demonstrations
 from a2c2_ros.training.from_bag import build, check_same, compare, convert, summary
@@ -88,6 +89,23 @@ def test_joints_that_two_drivers_publish_on_one_topic_are_two_streams(head, prof
     report = build([tmp_path / "bag"], tmp_path / "data", "expert", parity=True)
     assert report["bags"][0]["parity"] == {"compared": 100, "differing": []}
     assert not report["bags"][0]["refused"]
+
+
+def test_a_stream_s_sample_is_taken_whatever_the_others_of_its_topic_make_of_the_message():
+    def reader(names):
+        return lambda message: (message.header.stamp.sec, joint_state_to_array(message, names))
+
+    readers = {"arm": reader(("a", "b")), "hand": reader(("c", "d"))}
+
+    def taken(names, values):
+        found, refused = recorded_run._samples_of(array_to_joint_state(values, names, 10**9), readers)
+        return {stream: value.tolist() for stream, _, value in found}, len(refused)
+
+    assert taken("ab", [1, 2]) == ({"arm": [1, 2]}, 0)
+    assert taken("abcd", [1, 2, 3, 4]) == ({"arm": [1, 2], "hand": [3, 4]}, 0)
+    assert taken("abc", [1, 2, 3]) == ({"arm": [1, 2]}, 1)
+    assert taken("abcd", [1, np.nan, 3, 4]) == ({"hand": [3, 4]}, 1)
+    assert taken("x", [1]) == ({}, 2), "a message that nobody has a part in"
 
 
 def test_a_person_alone_gives_demonstrations(head, profile, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The planner node in the test's own process, with a policy that answers when the test wants it to."""
 
 import contextlib
+import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -144,6 +145,20 @@ def test_a_chunk_starts_with_the_oldest_of_what_was_observed(bench):
     bench.inference_ends()
     (chunk,) = bench.chunks
     assert to_ns(chunk.header.stamp) == T0_NS + STEP_NS - max(lags_ns.values())
+
+
+def test_a_gripper_s_own_joint_states_do_not_make_a_chunk_older(bench):
+    robot = bench.node._profile.robot
+    slow = list(robot.streams)[-1]
+    assert slow == "joint_position"
+    profile = dataclasses.replace(bench.node._profile, robot=dataclasses.replace(robot, undated_streams=(slow,)))
+    bench.node._profile = profile
+    bench.say("go")
+    bench.observe(1, lags_ns={slow: 50_000_000})
+    bench.inference_begins()
+    bench.inference_ends()
+    (chunk,) = bench.chunks
+    assert to_ns(chunk.header.stamp) == T0_NS + STEP_NS
 
 
 def test_after_a_stop_an_inference_starts_at_once(bench):

@@ -442,14 +442,16 @@ def test_joints_of_several_drivers_are_one_state_and_what_is_not_measured_is_not
     state = robot.state_of(values)
     assert state.dtype == np.float32
     np.testing.assert_allclose(state, [0.1, 0.2, 0.3, 0.04])
-    assert robot.measured_streams == ("joint_position",)
+    assert robot.measured_streams == ("joint_position",) and robot.undated_streams == ("hand",)
     np.testing.assert_allclose(robot.measured_of({"joint_position": np.arange(3.0)}), [0, 1, 2, np.nan])
 
     apart |= {"joint_states.names": arm[2:], "more_joint_states.hand.names": ["joint2", "joint1"]}
     two_arms = load("mock", apart)
-    assert two_arms.robot.measured_streams == ("joint_position", "hand")
+    assert two_arms.robot.measured_streams == ("joint_position", "hand") and two_arms.robot.undated_streams == ()
     values = {"joint_position": np.array([0.3]), "hand": np.array([0.2, 0.1])}
     np.testing.assert_allclose(two_arms.robot.measured_of(values), [0.1, 0.2, 0.3, np.nan])
+    del values["joint_position"]
+    np.testing.assert_allclose(two_arms.robot.measured_of(values), [0.1, 0.2, np.nan, np.nan])
 
 
 def test_the_gripper_of_a_pose_may_have_a_topic_of_its_own(load):

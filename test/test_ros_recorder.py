@@ -21,7 +21,7 @@ from std_msgs.msg import String
 
 from a2c2_ros.nodes.conversions import array_to_image, array_to_joint_state
 from a2c2_ros.nodes.episode_recorder import EpisodeRecorder
-from a2c2_ros.nodes.runtime import latched_qos, reliable_qos
+from a2c2_ros.nodes.runtime import latched_qos, reliable_qos, sensor_qos
 from a2c2_ros.recording.definitions import definition
 from a2c2_ros.recording.reader import DamageReport, read_bag
 from a2c2_ros.recording.repair import repair
@@ -49,6 +49,28 @@ def wait_for_recorder(peer, publishers, others=0):
 def padded(data: bytes) -> bytes:
     """The middleware fills the last word or not, depending on the transport."""
     return data + bytes(-len(data) % 4)
+
+
+@pytest.mark.timeout(100)
+def test_a_publisher_that_comes_later_and_offers_less_is_recorded_too(system, tmp_path):
+    system, peer = system
+    arm = peer.node.create_publisher(JointState, "joint_states", reliable_qos(10))
+    system.start("episode_recorder", out=tmp_path / "run", min_free_mb=0)
+    wait_for_recorder(peer, [arm])
+    hand = peer.node.create_publisher(JointState, "joint_states", sensor_qos(lockstep=False))
+    peer.spin_until(lambda: hand.get_subscription_count() and arm.get_subscription_count(), "the other subscription")
+
+    def recorded() -> set[str]:
+        messages = read_bag(tmp_path / "run" / "bag", {"/joint_states"})
+        return {deserialize_message(message.data, JointState).name[0] for message in messages}
+
+    def both() -> bool:
+        for publisher, name in ((arm, "arm"), (hand, "hand")):
+            publisher.publish(array_to_joint_state([0.0], (name,), 1))
+        return {"arm", "hand"} <= recorded()
+
+    peer.spin_until(both, "both publishers' messages")
+    assert system.stop("episode_recorder") == 0
 
 
 @pytest.mark.timeout(100)
@@ -166,7 +188,7 @@ def test_a_middleware_that_tells_no_publisher_is_recorded(tmp_path, monkeypatch)
         take(90, 0)  # of the other publisher
         node._take(topic, b"\0\1\0\0", {"received_timestamp": 10**18 + 91, "source_timestamp": 10**18})
 
-        def fail() -> None:
+        def fail(*_: object) -> None:
             raise MemoryError("draining")
 
         monkeypatch.setattr(node, "_drain", fail)

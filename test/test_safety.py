@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import yaml
 from conftest import NAMES, STEP_NS, make_chunk, make_observation, make_robot
 
 from a2c2_ros.core.chunk import ActionChunk
@@ -16,6 +17,7 @@ from a2c2_ros.core.observation import Observation, ObservationBuffer
 from a2c2_ros.core.safety import HoldPolicy, Reason, State, Verdict
 from a2c2_ros.core.timing import StepTiming
 from a2c2_ros.drivers.profile import load_profile
+from a2c2_ros.paths import robot_profile
 
 T0 = 1_000_000_000
 STEP = 0.125  # a power of two: sums are exact
@@ -123,12 +125,13 @@ class Joint:
         )
         self.loop.install(chunk, self.now_ns)
 
-    def ticks(self, n):
+    def ticks(self, n, silent=()):
         for _ in range(n):
             values = {name: np.zeros(spec.shape, spec.dtype) for name, spec in self.robot.streams.items()}
             values["joint_position"][0] = self.at
             self.arm.append(self.at)
-            step = self.loop.tick(self.now_ns, Observation(values, dict.fromkeys(values, self.now_ns)))
+            stamps_ns = {name: self.now_ns - 10**9 * (name in silent) for name in values}
+            step = self.loop.tick(self.now_ns, Observation(values, stamps_ns))
             self.steps.append(step)
             self.n += 1
             if step.command is not None:
@@ -160,6 +163,40 @@ def test_a_stop_of_an_arm_far_behind_its_command_does_not_move_it_on(rad_s):
     assert outcome(first) == (State.STOPPED, Reason.EMERGENCY_STOP)
     assert first.command[0] == pytest.approx(at_stop, abs=joint.step_rad)
     assert max(abs(at - at_stop) for at in joint.arm[-30:]) <= joint.step_rad
+
+
+@pytest.mark.parametrize("way", ["emergency stop", "hold"])
+def test_a_silent_driver_of_other_joints_does_not_hide_a_blocked_one(way, tmp_path):
+    entries = yaml.safe_load(robot_profile("so101").read_text())
+    names = entries["joint_states"]["names"]
+    entries["more_joint_states"] = {"rest": {"topic": "rest/joint_states", "names": names[1:]}}
+    entries["max_age_s"]["rest"] = entries["max_age_s"]["joint_states"]
+    entries["joint_states"]["names"] = names[:1]
+    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(entries))
+    joint = Joint(slow(0.0), str(tmp_path / "robot.yaml"))
+    joint.ticks(8)
+    assert joint.steps[-1].state == State.BASE_ONLY
+    if way == "emergency stop":
+        joint.loop.emergency_stop(True, joint.now_ns)
+    held = joint.ticks(10, silent=("rest",))
+    reason = Reason.EMERGENCY_STOP if way == "emergency stop" else Reason.OBSERVATION_STALE
+    assert held[0].reason == reason
+    assert held[0].command[0] == pytest.approx(0.0, abs=joint.step_rad), "where it is, not on towards its command"
+    last = joint.steps[7].command
+    np.testing.assert_array_equal(held[0].command[1:], last[1:], "what is not known stays as it was commanded")
+
+
+def test_the_first_command_waits_until_every_joint_is_measured(tmp_path):
+    entries = yaml.safe_load(robot_profile("so101").read_text())
+    names = entries["joint_states"]["names"]
+    entries["more_joint_states"] = {"rest": {"topic": "rest/joint_states", "names": names[1:]}}
+    entries["max_age_s"]["rest"] = entries["max_age_s"]["joint_states"]
+    entries["joint_states"]["names"] = names[:1]
+    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(entries))
+    joint = Joint(slow(4.7), str(tmp_path / "robot.yaml"))
+    assert [step.command for step in joint.ticks(3, silent=("rest",))] == [None] * 3
+    joint.loop.take_over(np.full(6, 0.5, np.float32), joint.now_ns, joint.now_ns)
+    assert joint.ticks(1, silent=("rest",))[0].command is None, "nor for a person"
 
 
 def test_an_arm_that_lags_as_drivers_do_stops_on_a_ramp():

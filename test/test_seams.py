@@ -41,6 +41,13 @@ def test_grippers_jump_on_purpose():
     assert only.add(1, np.zeros(1), np.zeros(1), 0) is only.add(1, np.ones(1), np.ones(1), 0) is None
 
 
+def test_another_robot_s_actions_are_not_compared():
+    meter = ChangeMeter(keep=(6,))
+    meter.add(1, np.zeros(7), np.zeros(7), 0)
+    assert meter.add(1, np.ones(6), np.ones(6), 0) is None
+    assert meter.add(1, np.zeros(6), np.zeros(6), 0) == Change(False, 1.0, 1.0)
+
+
 def test_percentiles_by_place_and_none_without_a_measurement():
     seams = Seams()
     for base, command in ((1.0, 0.1), (3.0, 0.3)):

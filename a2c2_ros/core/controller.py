@@ -325,7 +325,8 @@ class CorrectionLoop:
                     if away:
                         self.latch.not_following(away)
                         return self._stopped(step, t_tick_ns, measured)
-                approach = self._governor.approach(measured)
+                known = self._stale_measurement(ages) is None  # all of it, else the rest would start from 0
+                approach = self._governor.approach(measured if known else None)
                 if approach is None:
                     return self._governor.move(step.action)
                 step.verdict = Verdict(State.HOLDING, Reason.REARMING)
@@ -411,10 +412,14 @@ class CorrectionLoop:
         return Verdict(State.HOLDING, Reason.HEAD_MISMATCH, mismatch) if mismatch else None
 
     def _measured(self, observation: Observation, ages: dict[str, int]) -> np.ndarray | None:
-        """The measured position in action units, or None if it is not known now."""
-        if self._stale_measurement(ages) is not None:
-            return None
-        return self._robot.measured_of(observation.values)
+        """The measured position in action units, NaN in channels of which it is not known now; None if of none."""
+        tolerance_ns = self._config.future_tolerance_ns
+        fresh = {
+            name: observation.values[name]
+            for name, limit_ns in self._measured_ages_ns.items()
+            if stale_stream(ages, {name: limit_ns}, tolerance_ns) is None
+        }
+        return self._robot.measured_of(fresh) if fresh else None
 
     def _stale_measurement(self, ages: dict[str, int]) -> tuple[Reason, str] | None:
         return stale_stream(ages, self._measured_ages_ns, self._config.future_tolerance_ns)

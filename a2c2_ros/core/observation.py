@@ -1,6 +1,6 @@
 """The newest sample of every sensor stream, with its age."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +30,14 @@ class Observation:
     def ages_ns(self, now_ns: int) -> dict[str, int]:
         """Age of every sample [ns]; negative if its stamp is in the future."""
         return {name: now_ns - stamp for name, stamp in self.stamps_ns.items()}
+
+    def oldest_ns(self, undated: Collection[str] = ()) -> int:
+        """Stamp of the oldest sample but those of ``undated`` streams: no part of the observation is newer than that.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        return min(stamp for name, stamp in self.stamps_ns.items() if name not in undated)
 
     def synchronous_at(self, stamp_ns: int, streams: Mapping[str, StreamSpec]) -> bool:
         """True if every stream's sample carries exactly this stamp (lockstep)."""

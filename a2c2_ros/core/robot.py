@@ -22,13 +22,14 @@ class Robot:
     state_names: tuple[str, ...]  # order of the state
     state_of: Callable[[Mapping[str, np.ndarray]], np.ndarray]  # stream values -> (S,) float32 state
     measured_of: Callable[[Mapping[str, np.ndarray]], np.ndarray | None]  # -> (A,) position in action units, NaN for a
-    # channel that is not measured; None if the action is not a position
+    # channel that is not measured or whose stream is not given; None if the action is not a position
     measured_streams: tuple[str, ...]  # the streams that measured_of needs
     limits: Limits
     hold: HoldPolicy
     simulated: bool = False  # hardware starts disabled
     nominal_orientation_xyzw: tuple[float, ...] | None = None  # the state's rotation is relative to it; None: has none
     reports_ready: bool = False  # it says whether it executes commands; without that it is not enabled
+    undated_streams: tuple[str, ...] = ()  # whose stamps do not date an observation: slow ones that hardly change
 
     def images(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The camera images of an observation, (height, width, 3) uint8 RGB by camera name."""

@@ -26,7 +26,8 @@ class ChangeMeter:
 
     def __init__(self, keep: Sequence[int] = ()) -> None:
         self._keep = tuple(keep)
-        self._last: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._used = np.zeros(0, dtype=np.intp)  # the other channels
+        self._last: tuple[int, np.ndarray] | None = None
 
     def add(self, chunk: int, base: np.ndarray, command: np.ndarray | None, missed: int) -> Change | None:
         """Take one tick.
@@ -43,12 +44,15 @@ class ChangeMeter:
         last, self._last = self._last, None
         if not chunk or command is None:
             return None
-        rows = [np.delete(np.asarray(values, dtype=np.float64), self._keep) for values in (base, command)]
-        self._last = (chunk, *rows)
-        if last is None or missed or not rows[0].size:
+        rows = np.array((base, command), dtype=np.float64)
+        self._last = chunk, rows
+        if last is None or last[1].shape != rows.shape:
+            self._used = np.array([i for i in range(rows.shape[1]) if i not in self._keep], dtype=np.intp)
             return None
-        base_change, command_change = (float(np.abs(a - b).max()) for a, b in zip(rows, last[1:], strict=True))
-        return Change(chunk != last[0], base_change, command_change)
+        if missed or not self._used.size:
+            return None
+        base_change, command_change = np.abs(rows - last[1])[:, self._used].max(axis=1)
+        return Change(chunk != last[0], float(base_change), float(command_change))
 
 
 class Seams:

@@ -196,6 +196,7 @@ class _Builder:
             simulated=entries.flag("simulated", False),
             nominal_orientation_xyzw=self._nominal_orientation() if "ee_pose" in streams else None,
             reports_ready=ready_topic is not None,
+            undated_streams=self._undated_streams(gripper, hold),
         )
         return Profile(
             robot=robot,
@@ -517,7 +518,8 @@ class _Builder:
         def measured_of(values: Mapping[str, np.ndarray]) -> np.ndarray:
             position = np.full(len(order), np.nan)
             for stream, rows, sources in parts:
-                position[rows] = values[stream][sources]
+                if stream in values:
+                    position[rows] = values[stream][sources]
             return command.mapping.to_action(position, np.full(size, np.nan))
 
         return measured_of
@@ -525,6 +527,11 @@ class _Builder:
     def _measured_streams(self, gripper: GripperSpec | None, hold: HoldPolicy) -> tuple[str, ...]:
         measured = {self._joints[name][0] for name in self._measured_joints(gripper, hold) if name is not None}
         return tuple(topic.stream for topic in self._joint_topics if topic.stream in measured)
+
+    def _undated_streams(self, gripper: GripperSpec | None, hold: HoldPolicy) -> tuple[str, ...]:
+        """A gripper's own joint states: an arm's motion is not as old as they are."""
+        measured = self._measured_streams(gripper, hold) if hold.kind == "position" else ()
+        return tuple(topic.stream for topic in self._joint_topics[1:] if topic.stream not in measured)
 
     def _measured_joints(self, gripper: GripperSpec | None, hold: HoldPolicy) -> Sequence[str | None]:
         """The joint that measures each action channel; None for one (a gripper's) that none measures."""

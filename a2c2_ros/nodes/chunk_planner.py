@@ -198,7 +198,7 @@ class ChunkPlanner(ManagedNode):
         if len(observation.stamps_ns) != len(streams):
             return  # _report tells
         # Slot 0 starts with the oldest of the inputs: no part of the chunk may be newer than it claims.
-        stamp_ns = min(observation.stamps_ns.values())
+        stamp_ns = observation.oldest_ns(self._profile.robot.undated_streams)
         if self._settings.value.lockstep:
             if not observation.synchronous_at(stamp_ns, streams):
                 return

@@ -187,18 +187,22 @@ class CorrectionController(ManagedNode):
             return
         sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
         self._handover.threaded = True
-        self._thread = TickThread(
-            self,
-            config.period_ns,
-            next_ns=lambda: self._grid.next_ns,
-            lead_s=min(config.realtime__lead_s, config.period_ns / 2e9),
-            on_lead=self._rehearse,
-            on_tick=self._on_deadline,
-            on_standstill=self._on_standstill,
-            standstill_s=lambda: self._settings.value.clock_timeout_s,
-            on_failure=lambda error: self._handover.later(partial(self._give_up, error)),
-            priority=config.realtime__priority,
-        )
+        try:
+            self._thread = TickThread(
+                self,
+                config.period_ns,
+                next_ns=lambda: self._grid.next_ns,
+                lead_s=min(config.realtime__lead_s, config.period_ns / 2e9),
+                on_lead=self._rehearse,
+                on_tick=self._on_deadline,
+                on_standstill=self._on_standstill,
+                standstill_s=lambda: self._settings.value.clock_timeout_s,
+                on_failure=lambda error: self._handover.later(partial(self._give_up, error)),
+                priority=config.realtime__priority,
+            )
+        except Exception:
+            self._handover.end()  # else a stop would wait for a thread that there is not
+            raise
         # A callback that holds the interpreter must not be displaced by another process while a tick waits for it.
         become_realtime(config.realtime__priority - 1)
         self.get_logger().info(f"control loop: {self._thread.scheduling}")
@@ -210,12 +214,12 @@ class CorrectionController(ManagedNode):
             self._thread.stop()
             self._thread = None
             become_normal()
+            self._handover.end()
             self._publish_step()
         if self._timer is not None:
             self.destroy_timer(self._timer)
             self._timer = None
             self.destroy_subscription(self._status_subscription)
-        self._handover.end()
         observation = self._source.snapshot()
         self._source.close()
         self._source = None

@@ -14,6 +14,7 @@ import yaml
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import Parameter, ParameterEvent
 from rclpy.duration import Duration
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.parameter_client import AsyncParameterClient
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import serialize_message
@@ -85,6 +86,7 @@ class EpisodeRecorder(PlainNode):
         self._missing = list(map(self.resolve_topic_name, recorded_topics(load_profile(config.robot))))
         self._topics: dict[str, Topic] = {}
         self._subscriptions_of_bag: list[tuple[Topic, Subscription]] = []
+        self._refusing: set[str] = set()  # topics with a publisher that the subscription does not hear
         self._sequences: dict[tuple[str, bytes | None], int] = {}
         self._ended = False
         path = Path(config.out) / "bag"
@@ -106,7 +108,8 @@ class EpisodeRecorder(PlainNode):
         if self._recorder is None:
             return
         try:
-            self._drain()
+            for topic, subscription in self._subscriptions_of_bag:
+                self._drain(topic, subscription)
         finally:
             if not self._recorder.close(CLOSE_TIMEOUT_S):
                 self.get_logger().error("the disk did not take what was waiting, repair the bag before it is read")
@@ -120,6 +123,8 @@ class EpisodeRecorder(PlainNode):
             if publishers and not self._ended:
                 self._missing.remove(name)
                 self._subscribe(name, publishers)
+        for name in list(self._refusing) if not self._ended else ():
+            self._listen_again(name)
 
     def _subscribe(self, name: str, publishers: Sequence[TopicEndpointInfo]) -> None:
         kind, type_hash = publishers[0].topic_type, str(publishers[0].topic_type_hash)
@@ -130,26 +135,40 @@ class EpisodeRecorder(PlainNode):
         except (ConfigError, ImportError, AttributeError) as error:
             self.get_logger().error(f"{name} is not recorded: {error}")
             return
+        self._topics[name] = topic
+        self._listen(topic, message, publishers)
+
+    def _listen(self, topic: Topic, message: type, publishers: Sequence[TopicEndpointInfo]) -> None:
+        """Subscribe with what all of the publishers offer."""
         reliable = all(p.qos_profile.reliability == ReliabilityPolicy.RELIABLE for p in publishers)
         latched = all(p.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL for p in publishers)
         qos = QoSProfile(
-            depth=IMAGE_DEPTH if kind in IMAGES else DEPTH,
+            depth=IMAGE_DEPTH if topic.type in IMAGES else DEPTH,
             reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
             durability=DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE,
         )
-        self._topics[name] = topic
-        subscription = self.create_subscription(message, name, partial(self._take, topic), qos, raw=True)
+        events = SubscriptionEventCallbacks(incompatible_qos=lambda event: self._refusing.add(topic.name))
+        take = partial(self._take, topic)
+        subscription = self.create_subscription(message, topic.name, take, qos, raw=True, event_callbacks=events)
         self._subscriptions_of_bag.append((topic, subscription))
 
-    def _drain(self) -> None:
+    def _listen_again(self, name: str) -> None:
+        """A publisher that came after the first offers less than the subscription asks for: ask for what all offer."""
+        self._refusing.remove(name)
+        index = next(i for i, (topic, _) in enumerate(self._subscriptions_of_bag) if topic.name == name)
+        topic, subscription = self._subscriptions_of_bag.pop(index)
+        self._drain(topic, subscription)
+        self.destroy_subscription(subscription)
+        self._listen(topic, subscription.msg_type, self.get_publishers_info_by_topic(name))
+
+    def _drain(self, topic: Topic, subscription: Subscription) -> None:
         """What has arrived belongs to the recording, even if the executor has not come to it on a busy machine."""
-        for topic, subscription in self._subscriptions_of_bag:
-            for _ in range(DEPTH):
-                with subscription.handle:
-                    taken = subscription.handle.take_message(subscription.msg_type, True)
-                if taken is None:
-                    break
-                self._take(topic, *taken)
+        for _ in range(DEPTH):
+            with subscription.handle:
+                taken = subscription.handle.take_message(subscription.msg_type, True)
+            if taken is None:
+                break
+            self._take(topic, *taken)
 
     def _take(self, topic: Topic, data: bytes, info: Mapping[str, Any]) -> None:
         gid = info.get("publisher_gid", {}).get("data")  # not before Kilted

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from time import monotonic as monotonic_s
 from typing import Any, NamedTuple
 
 import cv2
@@ -75,6 +76,7 @@ class ObservationSource:
         self._worker = None if prepare is None else LatestWorker(self._prepare_and_put, priority, longest_s)
         self._buffer = ObservationBuffer(profile.robot.streams)
         self.received: Counter[str] = Counter()  # messages per stream, refused ones too
+        self._heard_s: dict[str, float] = {}  # when each stream's last sample was accepted
         self._callback_group = callback_group
         self._subscriptions = []
         topics = sensor_topics(profile)
@@ -134,19 +136,19 @@ class ObservationSource:
                 latest_ns = self._node.get_clock().now().nanoseconds + self._future_tolerance_ns()
             self._buffer.put(stream, *convert(message), latest_ns)
         except OtherJointsError as error:
-            if not self._hears(stream, to_ns(message.header.stamp)):
+            # Where the stream has its own samples, this is another driver's on the same topic.
+            silent_s = monotonic_s() - self._heard_s.get(stream, -math.inf)
+            if silent_s * 1e9 > self._buffer.streams[stream].max_age_ns:
                 self._log.problem(stream, f"sample of {stream} refused: {error}")
+            else:
+                self.received[stream] -= 1
             return False
         except ObservationError as error:
             self._log.problem(stream, f"sample of {stream} refused: {error}")
             return False
+        self._heard_s[stream] = monotonic_s()
         self._log.fine(stream)
         return True
-
-    def _hears(self, stream: str, stamp_ns: int) -> bool:
-        """Whether the stream has its own samples: then one without its joints is another driver's on the same topic."""
-        heard_ns = self._buffer.snapshot().stamps_ns.get(stream)
-        return heard_ns is not None and abs(stamp_ns - heard_ns) <= self._buffer.streams[stream].max_age_ns
 
     def _preparing(self, camera: str, convert: "Converter") -> "Converter":
         def converted(serialized: bytes) -> tuple[int, np.ndarray]:

@@ -7,6 +7,7 @@ from rclpy.callback_groups import CallbackGroup
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.service import Service
 from rclpy.subscription import Subscription
 from std_msgs.msg import Bool
 from std_srvs.srv import SetBool
@@ -52,6 +53,7 @@ class Permission:
         self._handover = handover
         self._configured = configured
         self._on_enabled = on_enabled
+        self._service: Service | None = None
         self._pressed: dict[ReliabilityPolicy, bool] = {}  # the emergency stop, as each subscription last heard it
         self._ready_topic: str | None = None
         self._said_ready: dict[ReliabilityPolicy, bool] = {}  # whether the robot executes commands, as each heard it
@@ -64,14 +66,14 @@ class Permission:
             latch: Of its loop; the same in every configuration.
             ready_topic: Where the robot says whether it executes commands; None if it does not.
         """
-        first, self.latch = self.latch is None, latch
-        if first:
-            self._node.create_service(SetBool, "~/enable", self.on_enable, callback_group=self._group)
+        self.latch = latch
+        if self._service is None:
             # The best-effort subscription alone would hear every publisher, too, but it may lose what a reliable one
-            # says.
+            # says. The service comes last: who can enable can stop.
             for reliability in (ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT):
                 qos = QoSProfile(depth=STOP_DEPTH, reliability=reliability)
                 self._hear("emergency_stop", self.on_emergency_stop, qos, self._on_other_stop_qos)
+            self._service = self._node.create_service(SetBool, "~/enable", self.on_enable, callback_group=self._group)
         if ready_topic != self._ready_topic:
             self._listen_to_robot(ready_topic)
 

@@ -11,7 +11,7 @@ from sensor_msgs.msg import JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-from a2c2_ros.core.errors import ObservationError, SimulationError
+from a2c2_ros.core.errors import ConfigError, ObservationError, SimulationError
 from a2c2_ros.drivers.profile import Profile
 from a2c2_ros.msg import ActionChunk as ActionChunkMsg
 from a2c2_ros.msg import EpisodeStatus, PlannerStatus
@@ -53,8 +53,14 @@ class SimulatorNode(PlainNode):
         Args:
             profile: The robot; its command is a joint state of action values.
             step_ns: Duration of a control step [ns].
+
+        Raises:
+            ConfigError: If its joints have several topics.
         """
         config = self._settings.value
+        if len(profile.joint_topics) > 1:
+            more = [joints.stream for joints in profile.joint_topics[1:]]
+            raise ConfigError(f"robot {profile.robot.name}: more_joint_states is {more}, a simulator allows none")
         self._profile, self._step_ns = profile, step_ns
         self._changed = threading.Condition()
         self._commands: dict[int, np.ndarray] = {}

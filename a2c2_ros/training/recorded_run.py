@@ -221,10 +221,11 @@ class Recording:
                     kind, take = handlers[message.topic]
                     take(deserialize_message(message.data, kind))
                 else:
-                    for stream, stamp_ns, value in _samples_of(message.data, converters[message.topic]):
-                        if value.dtype.kind == "f" and not np.isfinite(value).all():
-                            raise ObservationError(f"a sample of {stream} is not finite")
+                    taken, refused = _samples_of(message.data, converters[message.topic])
+                    for stream, stamp_ns, value in taken:
                         found[stream].append((stamp_ns, number if stream in self.robot.cameras else value))
+                    if refused:
+                        raise refused[0]
             except (ObservationError, ChunkError, RuntimeError, ValueError):
                 self.refused[message.topic] += 1
         self.takeovers = samples(people)
@@ -346,17 +347,26 @@ def recorded_profile(message: ControlConfiguration, folder: Path, given: Path | 
     return load_profile(str(path))
 
 
-def _samples_of(data: bytes, readers: Mapping[str, Reader]) -> list[tuple[str, int, np.ndarray]]:
-    """Stream, stamp and value of what a message says to the streams of its topic: at least to one of them."""
-    found, not_for_it = [], None
+def _samples_of(
+    data: bytes, readers: Mapping[str, Reader]
+) -> tuple[list[tuple[str, int, np.ndarray]], list[ObservationError]]:
+    """Stream, stamp and value of what a message says to the streams of its topic, and why it was refused for others.
+
+    That it is another driver's counts only if no stream has a part in it.
+    """
+    taken, refused, not_for_it = [], [], []
     for stream, read in readers.items():
         try:
-            found.append((stream, *read(data)))
+            stamp_ns, value = read(data)
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise ObservationError(f"a sample of {stream} is not finite")
         except OtherJointsError as error:
-            not_for_it = error
-    if not found:
-        raise not_for_it
-    return found
+            not_for_it.append(error)
+        except ObservationError as error:
+            refused.append(error)
+        else:
+            taken.append((stream, stamp_ns, value))
+    return taken, refused or ([] if taken else not_for_it)
 
 
 def streams_of(profile: Profile) -> dict[str, tuple[str, Reader]]:
