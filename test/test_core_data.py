@@ -153,6 +153,7 @@ def test_hold_of_a_delta_keeps_the_gripper_and_of_a_position_stays_where_it_is_m
     assert position.target(last, np.array([0.1, 0.2, np.nan])) == pytest.approx([0.1, 0.2, 0.8])
     assert position.seed(None) is None
     assert position.seed(np.array([0.1, 0.2, np.nan])) == pytest.approx([0.1, 0.2, 0.5])
+    assert position.seed(np.array([0.1, np.nan, np.nan])) is None, "never zero for a joint"
 
 
 def test_time_feature_is_the_papers():

@@ -41,7 +41,7 @@ class Bench:
                 velocity=np.array([10.0, np.inf]),
                 period_ns=PERIOD_NS,
                 max_ages_ns={"joints": 120_000_000},
-                measured_stream="joints" if kind == "position" else "",
+                measured_streams=("joints",) if kind == "position" else (),
                 following=np.array(following),
                 **rules,
             )
@@ -338,6 +338,14 @@ def any_command(self, command, stamp_ns, latest_ns):
     self._command, self._stamp_ns, self._is_over = np.resize(np.float32(command), self._size), stamp_ns, False
 
 
+def all_or_nothing(self, observation, ages):
+    return None if self._stale_measurement(ages) else self._robot.measured_of(observation.values)
+
+
+def old_positions(self, observation, ages):
+    return self._robot.measured_of(observation.values) if self._measured_ages_ns else None
+
+
 def never_pressed(self, pressed, now_ns, _signal=Latch.emergency_stop):
     _signal(self, False, now_ns)
 
@@ -379,7 +387,7 @@ MUTATIONS = {
     "no limits": (replaced(Limits, "apply", lambda self, action, previous: (action, LimitFlag.NONE)), {"step limit"}),
     "no range": (replaced(Limits, "clip", lambda self, action: np.float32(action)), {"position limit"}),
     "NaN actions": (replaced(CorrectionLoop, "_correct", adds_nan), {"finite"}),
-    "no ages": (replaced(controller, "stale_stream", lambda *ages: None), {STALE}),
+    "no ages": (replaced(controller, "stale_stream", lambda *ages: None), {STALE, "hold bound"}),
     "any sample": (replaced(ObservationBuffer, "put", accept_all), {STALE, "recovery jump"}),
     "any chunk": (replaced(ChunkGate, "check", lambda self, chunk, now_ns: None), {STALE, "planners took turns"}),
     "any planner": (replaced(ChunkGate, "follow", lambda self, chunk: None), {"planners took turns"}),
@@ -410,6 +418,8 @@ MUTATIONS = {
     "an arm that does not follow": (replaced(Governor, "not_following", lambda self, measured: ""), {"following"}),
     "an arm that follows is stopped": (replaced(Governor, "not_following", lambda self, measured: "x"), {"following"}),
     "a hold from a command that ran away": (replaced(governor, "TRACKING_LAG_S", 1e9), {"step limit", "hold bound"}),
+    "a silent driver hides the others": (replaced(CorrectionLoop, "_measured", all_or_nothing), {"hold bound"}),
+    "a silent driver is believed": (replaced(CorrectionLoop, "_measured", old_positions), {"hold bound"}),
     "a gripper forgotten in silence": (replaced(Governor, "release", forgets), {"recovery jump"}),
     "any parameter": (replaced(Parameters, "_check_field", lambda self, item, value: None), {"parameters"}),
     "refusals not counted": (replaced(CorrectionLoop, "refused", lambda self, error: None), {"counters"}),
@@ -420,7 +430,7 @@ MUTATIONS = {
 def test_a_campaign_against_a_broken_loop_finds_it(monkeypatch, name):
     change, expected = MUTATIONS[name]
     change(monkeypatch)
-    result = run_campaign(1500, seed=1, stop_at=1)
+    result = run_campaign(4000, seed=1, stop_at=1)
     assert {v.invariant for v in result.violations} & expected, result.violations[:3]
 
 

@@ -325,8 +325,7 @@ class CorrectionLoop:
                     if away:
                         self.latch.not_following(away)
                         return self._stopped(step, t_tick_ns, measured)
-                known = self._stale_measurement(ages) is None  # all of it, else the rest would start from 0
-                approach = self._governor.approach(measured if known else None)
+                approach = self._governor.approach(measured)
                 if approach is None:
                     return self._governor.move(step.action)
                 step.verdict = Verdict(State.HOLDING, Reason.REARMING)
@@ -413,11 +412,11 @@ class CorrectionLoop:
 
     def _measured(self, observation: Observation, ages: dict[str, int]) -> np.ndarray | None:
         """The measured position in action units, NaN in channels of which it is not known now; None if of none."""
-        tolerance_ns = self._config.future_tolerance_ns
+        limits_ns, tolerance_ns = self._measured_ages_ns, self._config.future_tolerance_ns
         fresh = {
-            name: observation.values[name]
-            for name, limit_ns in self._measured_ages_ns.items()
-            if stale_stream(ages, {name: limit_ns}, tolerance_ns) is None
+            name: value
+            for name, value in observation.values.items()
+            if name in limits_ns and stale_stream(ages, {name: limits_ns[name]}, tolerance_ns) is None
         }
         return self._robot.measured_of(fresh) if fresh else None
 

@@ -200,14 +200,14 @@ class HoldPolicy:
             last: (A,) the last command before the silence, in which a gripper stays; None if there was none.
 
         Returns:
-            (A,) float32; None if the kind is ``position`` and the position is not known.
+            (A,) float32; None if the kind is ``position`` and the position of a channel that is not kept is not known.
         """
         rest = np.zeros(self.size, dtype=np.float32)
         keep = list(self.keep)
         rest[keep] = self.keep_default if last is None else last[keep]
         if self.kind == "delta":
             return rest
-        if measured is None:
+        if measured is None or set(np.flatnonzero(np.isnan(measured))) - set(keep):
             return None
         return np.where(np.isnan(measured), rest, measured).astype(np.float32)
 

@@ -51,7 +51,7 @@ def _while(faults: list, fault: object) -> End:
 def _stream_fault(stream: str, name: str, spoil: Callable[[Sample, np.random.Generator], Sample | None]) -> None:
     @_fault(f"{stream} {name}")
     def begin(rig: Rig, rng: np.random.Generator) -> End:
-        return _while(rig.stream_faults[stream], lambda sample: spoil(sample, rng))
+        return _while(rig.faults_of(stream, rng), lambda sample: spoil(sample, rng))
 
 
 def _spoilt(value: Callable[[np.ndarray], np.ndarray]) -> Callable[[Sample, np.random.Generator], Sample]:
@@ -84,7 +84,7 @@ def _huge(sample: Sample, rng: np.random.Generator) -> Sample:
 for _stream in ("camera", "joints"):
     _stream_fault(_stream, "lost", lambda sample, rng: None)
     _stream_fault(_stream, "30% lost", lambda sample, rng: None if rng.random() < 0.3 else sample)
-    _stream_fault(_stream, "wrong shape", _spoilt(lambda array: array[:1, ...] if array.ndim > 1 else array[:1]))
+    _stream_fault(_stream, "wrong shape", _spoilt(lambda array: array[:-1]))
     _stream_fault(_stream, "wrong dtype", _spoilt(lambda array: array.astype(np.float32)))
     _stream_fault(_stream, "without stamp", _without_stamp)
 _stream_fault("joints", "NaN", _spoilt(_with_first(np.nan)))
@@ -106,7 +106,7 @@ def _shifted(stream: str, name: str, low_s: float, high_s: float, *, stamp: bool
                 sample.delay_ns += shift_ns
             return sample
 
-        return _while(rig.stream_faults[stream], spoil)
+        return _while(rig.faults_of(stream, rng), spoil)
 
 
 for _stream in ("camera", "joints"):
@@ -125,7 +125,7 @@ def _frozen(stream: str) -> None:
             sample.stamp_ns, sample.value = first[0].stamp_ns, first[0].value
             return sample
 
-        return _while(rig.stream_faults[stream], spoil)
+        return _while(rig.faults_of(stream, rng), spoil)
 
 
 _frozen("camera")
@@ -145,7 +145,7 @@ def _one_from_the_future(rig: Rig, rng: np.random.Generator) -> End:
         sample.stamp_ns += shift_ns
         return sample
 
-    return _while(rig.stream_faults[stream], spoil)
+    return _while(rig.faults_of(stream, rng), spoil)
 
 
 # --- chunks -------------------------------------------------------------------------------------------------------

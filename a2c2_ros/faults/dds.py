@@ -242,7 +242,7 @@ class RobotFile:
                 max_ages_ns=max_ages_ns,
                 keep=tuple(names.index(name) for name in hold.get("keep", [])),
                 keep_default=tuple(hold.get("keep_default", [])),
-                measured_stream="joint_position" if hold["kind"] == "position" else "",
+                measured_streams=("joint_position",) if hold["kind"] == "position" else (),
                 following=np.maximum(
                     0.5 * np.minimum(numbers("step") * rate_hz, numbers("velocity")),
                     0.02 * np.subtract(limits["upper"], limits["lower"]),

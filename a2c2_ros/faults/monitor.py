@@ -63,7 +63,7 @@ class Rules:
     max_ages_ns: Mapping[str, int]  # stream -> allowed age
     keep: tuple[int, ...] = ()  # channels that keep their last command in a hold
     keep_default: tuple[float, ...] = ()  # their values before the first command
-    measured_stream: str = ""  # the stream that tells the position; empty for pose deltas
+    measured_streams: tuple[str, ...] = ()  # the streams that tell the position; none for pose deltas
     following: np.ndarray | None = None  # (A,) float64, largest distance of a moving arm from its command; None: any
     reports_ready: bool = False  # the robot says whether it executes commands
     lag_s: float = 0.3  # an arm that is farther behind than the way at its limits in this time holds where it is
@@ -473,8 +473,8 @@ class Judge:
             return "latched"
         if clock:
             return clock
-        driven, name = self._drives(t_ns), self.rules.measured_stream
-        needed = self.rules.max_ages_ns if not driven else [name] if name else []
+        driven, names = self._drives(t_ns), self.rules.measured_streams
+        needed = names if driven else self.rules.max_ages_ns
         stale = self._stale_one(t_ns, needed, border_ns)
         if stale:
             return f"{stale} is stale"
@@ -484,10 +484,10 @@ class Judge:
             return "no chunk"
         if self.head_fails and not driven:
             return "head"
-        if not name or self._was_moving:
+        if self._was_moving:
             return ""
-        outside = self._outside(self._streams[name].measured[self._newest(name, t_ns)])
-        return "measured outside the limits" if outside.any() else ""
+        newest = [self._streams[name].measured[self._newest(name, t_ns)] for name in names]
+        return "measured outside the limits" if any(self._outside(m).any() for m in newest) else ""
 
     def _drives(self, t_ns: int) -> bool:
         """A person commands at this tick."""
@@ -515,13 +515,26 @@ class Judge:
         return ""
 
     def _claimed_measured(self, seen: Seen) -> np.ndarray | None:
-        """The position that the loop knew at the tick, if it was fresh and is one that was delivered."""
-        name = self.rules.measured_stream
-        age_ns = seen.ages_ns.get(name) if name else None
+        """The position that the loop knew at the tick, where it was fresh and is one that was delivered; NaN elsewhere.
+
+        None if nothing of it is known.
+        """
+        known = [m for name in self.rules.measured_streams if (m := self._claimed_of(name, seen)) is not None]
+        measured = None
+        for part in known:
+            measured = part if measured is None else np.where(np.isnan(part), measured, part)
+        return measured
+
+    def _claimed_of(self, name: str, seen: Seen) -> np.ndarray | None:
+        age_ns = seen.ages_ns.get(name)
         if age_ns is None or not -self.rules.future_tolerance_ns <= age_ns <= self.rules.max_ages_ns[name]:
             return None
         stamp_ns = self._streams[name].find(seen.t_ns - age_ns, self.rules.stamp_slack_ns)
         return None if stamp_ns is None else self._streams[name].measured[stamp_ns]
+
+    def _unknown(self, seen: Seen) -> str:
+        """A stream of which the loop knew no position at the tick, empty if there is none."""
+        return next((name for name in self.rules.measured_streams if self._claimed_of(name, seen) is None), "")
 
     def _outside(self, measured: np.ndarray) -> np.ndarray:
         """(A,) bool: channels where no arm within its limits can be, or a person has to move it."""
@@ -543,9 +556,9 @@ class Judge:
         if not self._drives(seen.t_ns):
             self._stale("nobody commands")
             return
-        reference, name = self._reference(seen), self.rules.measured_stream
-        if name and self._claimed_measured(seen) is None:
-            self._stale(f"{name} is stale")
+        reference, unknown = self._reference(seen), self._unknown(seen)
+        if unknown:
+            self._stale(f"{unknown} is stale")
         if reference is None or seen.command is None or seen.command.shape != reference.shape:
             return  # told elsewhere
         wanted = self._person[1]
@@ -635,7 +648,7 @@ class Judge:
         if rules.kind == "delta":
             return rest
         measured = self._claimed_measured(seen)
-        if measured is None or self._outside(measured).any():
+        if measured is None or self._unknown(seen) or self._outside(measured).any():
             return None
         position = np.clip(np.where(np.isnan(measured), rest, measured), rules.lower, rules.upper)
         return position.astype(np.float32).astype(np.float64)  # as a command would tell it

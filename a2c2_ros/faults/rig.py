@@ -30,7 +30,7 @@ SECOND_NS = 1_000_000_000
 START_NS = 1_000 * SECOND_NS
 SENSOR_LATENCY_NS = 2_000_000
 SIGNAL_PERIOD_NS = 50_000_000  # of the emergency stop
-SAMPLE_RATES_HZ = {"camera": 30.0, "joints": 100.0}
+SAMPLE_RATES_HZ = {"camera": 30.0, "joints": 100.0, "other joints": 40.0}
 MAX_AGE_NS = 250_000_000
 IMAGE_SHAPE = (2, 2, 3)
 LONGEST_LEAVE = 5_000  # commands on the way to a hold
@@ -49,6 +49,27 @@ class Kind:
     velocity: tuple[float | None, ...] | None = None
     following: tuple[float | None, ...] | None = None  # largest distance of a moving arm from its command
     reports_ready: bool = False  # it says whether it executes commands
+    first_joints: int | None = None  # so many are a stream, the others another driver's; None: all are one
+
+    @property
+    def parts(self) -> dict[str, slice]:
+        """Streams of joints, and which of the joints each has."""
+        if self.first_joints is None:
+            return {"joints": slice(0, self.joints)}
+        return {"joints": slice(0, self.first_joints), "other joints": slice(self.first_joints, self.joints)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every stream and its shape."""
+        return {"camera": IMAGE_SHAPE} | {name: (part.stop - part.start,) for name, part in self.parts.items()}
+
+    def position_of(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(A,) float64 position that streams tell, NaN for what they do not."""
+        position = np.full(len(self.names), np.nan)
+        for name, part in self.parts.items():
+            if name in values:
+                position[part] = values[name]
+        return position
 
     @property
     def joints(self) -> int:
@@ -72,6 +93,7 @@ KINDS = {
     "pose delta, ramped": replace(_DELTA, step=(0.3, 0.3, 0.4, 0.5)),
     "joint position": _POSITION,
     "joint position, says whether it executes": replace(_POSITION, reports_ready=True),
+    "joint position, of two drivers": replace(_POSITION, first_joints=2),
 }
 
 
@@ -84,14 +106,14 @@ def make_robot(kind: Kind, simulated: bool) -> Robot:
         action_names=kind.names,
         action_space=kind.hold,
         streams={
-            "camera": StreamSpec(IMAGE_SHAPE, "uint8", MAX_AGE_NS),
-            "joints": StreamSpec((kind.joints,), "float64", MAX_AGE_NS),
+            name: StreamSpec(shape, "uint8" if name == "camera" else "float64", MAX_AGE_NS)
+            for name, shape in kind.shapes.items()
         },
         cameras=("camera",),
         state_names=kind.names[:-1],
         state_of=lambda values: values["joints"].astype(np.float32),
-        measured_of=lambda values: np.append(values["joints"], np.nan) if is_position else None,
-        measured_streams=("joints",) if is_position else (),
+        measured_of=kind.position_of if is_position else lambda values: None,
+        measured_streams=tuple(kind.parts) if is_position else (),
         limits=Limits.of(
             kind.names,
             kind.lower,
@@ -121,10 +143,10 @@ def make_rules(kind: Kind, config: ControllerConfig) -> Rules:
         velocity=numbers(kind.velocity),
         following=numbers(kind.following),
         period_ns=round(1e9 / config.control_rate_hz),
-        max_ages_ns={"camera": MAX_AGE_NS, "joints": MAX_AGE_NS},
+        max_ages_ns=dict.fromkeys(kind.shapes, MAX_AGE_NS),
         keep=(len(kind.names) - 1,),
         keep_default=(kind.keep_default,),
-        measured_stream="joints" if kind.hold == "position" else "",
+        measured_streams=tuple(kind.parts) if kind.hold == "position" else (),
         reports_ready=kind.reports_ready,
         **_rules_of(config),
     )
@@ -151,11 +173,10 @@ class Sample:
     value: np.ndarray
     delay_ns: int = SENSOR_LATENCY_NS
 
-    def sound(self, joints: int) -> bool:
+    def sound(self, shape: tuple[int, ...]) -> bool:
         """Whether its shape, dtype and values are right."""
-        if self.stream == "camera":
-            return self.value.shape == IMAGE_SHAPE and self.value.dtype == np.uint8
-        return self.value.shape == (joints,) and self.value.dtype == np.float64 and bool(np.isfinite(self.value).all())
+        dtype = np.uint8 if self.stream == "camera" else np.float64
+        return self.value.shape == shape and self.value.dtype == dtype and bool(np.isfinite(self.value).all())
 
 
 @dataclass
@@ -291,6 +312,13 @@ class Rig:
         if self.kind.reports_ready:
             self.robot_says()
             self.enable()
+
+    def faults_of(self, stream: str, rng: np.random.Generator) -> list[Callable[[Sample], Sample | None]]:
+        """Where a fault of a stream goes; one of the joints is that of any of their drivers."""
+        drivers = list(self.kind.parts)
+        if stream == "joints" and len(drivers) > 1:
+            stream = str(rng.choice(drivers))
+        return self.stream_faults[stream]
 
     def restart_loop(self) -> None:
         """Kill the loop and start it anew; the robot keeps its last command."""
@@ -438,14 +466,18 @@ class Rig:
         heapq.heappush(self._on_the_way, (self.steady_ns + delay_ns, next(self._order), item))
 
     def _sense(self) -> None:
-        for stream, rate_hz in SAMPLE_RATES_HZ.items():
+        for stream in self.kind.shapes:
+            rate_hz = SAMPLE_RATES_HZ[stream]
             if self.steady_ns < self._sample_due_ns[stream]:
                 continue
             behind_ns = (self.steady_ns - self._sample_due_ns[stream]) % round(1e9 / rate_hz)
             self._sample_due_ns[stream] = self.steady_ns - behind_ns + round(1e9 / rate_hz)
             if self.clock_stopped:  # a paused simulator senses nothing
                 continue
-            value = np.zeros(IMAGE_SHAPE, np.uint8) if stream == "camera" else self.arm.measured()
+            if stream == "camera":
+                value = np.zeros(IMAGE_SHAPE, np.uint8)
+            else:
+                value = self.arm.measured()[self.kind.parts[stream]]
             sample: Sample | None = Sample(stream, self.clock_ns - behind_ns, value)
             for fault in self.stream_faults[stream]:
                 sample = sample and fault(sample)
@@ -488,9 +520,9 @@ class Rig:
                 self._take_chunk(item)
 
     def _take_sample(self, sample: Sample) -> None:
-        measured, sound = None, sample.sound(self.kind.joints)
-        if sample.stream == "joints" and sound and self.kind.hold == "position":
-            measured = np.append(sample.value, np.nan)
+        measured, sound = None, sample.sound(self.kind.shapes[sample.stream])
+        if sample.stream != "camera" and sound and self.kind.hold == "position":
+            measured = self.kind.position_of({sample.stream: sample.value})
         self.judge.sample(sample.stream, sample.stamp_ns, self.clock_ns, sound, measured)
         with contextlib.suppress(ObservationError):  # if it was sound, the judge will miss the recovery
             latest_ns = self.clock_ns + self.config.future_tolerance_ns
