@@ -20,7 +20,7 @@ test: setup lint ## Lint and run the tests: make test ARGS="-k slot"
 bench: setup ## Measure the control loop's timing beside a straightforward one (10 minutes): results/bench.json
 	@. tools/env.sh; exec python -m a2c2_ros.benchmark.timing $(ARGS)
 
-faults: setup ## Try every fault on the real nodes and 10,000 at random on the core (3 minutes): results/faults.json
+faults: setup ## Try every fault on the real nodes and 10,000 at random on the core (4 minutes): results/faults.json
 	@. tools/env.sh; exec python -m a2c2_ros.faults $(ARGS)
 
 libero: setup ## Success rates on LIBERO, the (e, d) grid (a day; QUICK=1: a part, 2 minutes): docs/libero.md

@@ -311,8 +311,9 @@ def _head_fault(name: str, fault: Callable[[np.ndarray], object]) -> None:
 
 _head_fault("returns NaN", lambda residual: residual * np.float32(np.nan))
 _head_fault("returns Inf", lambda residual: residual + np.float32(np.inf))
-_head_fault("returns too much", lambda residual: residual + np.float32(50.0))
-_head_fault("returns too little", lambda residual: residual - np.float32(50.0))
+# Both at once must not cancel out.
+_head_fault("returns too much", lambda residual: np.abs(residual) + np.float32(50.0))
+_head_fault("returns too little", lambda residual: -np.abs(residual) - np.float32(50.0))
 _head_fault("returns a wrong shape", lambda residual: residual[:-1])
 _head_fault("fails", _raises(HeadError("out of memory")))
 
@@ -606,6 +607,7 @@ def _settle(rig: Rig) -> None:
     """A person puts everything right; the robot must move again."""
     rig.signal()
     rig.robot_says()
+    rig.arm.hand = np.zeros(rig.kind.joints)  # an arm that floats outside its limits is brought back
     rig.enable()
     rig.run_until(lambda: False, 1.0)
     rig.arm.hand = None
