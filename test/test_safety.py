@@ -165,15 +165,20 @@ def test_a_stop_of_an_arm_far_behind_its_command_does_not_move_it_on(rad_s):
     assert max(abs(at - at_stop) for at in joint.arm[-30:]) <= joint.step_rad
 
 
-@pytest.mark.parametrize("way", ["emergency stop", "hold"])
-def test_a_silent_driver_of_other_joints_does_not_hide_a_blocked_one(way, tmp_path):
+def two_drivers(folder):
+    """Path of an so101 whose first joint has a driver of its own."""
     entries = yaml.safe_load(robot_profile("so101").read_text())
     names = entries["joint_states"]["names"]
     entries["more_joint_states"] = {"rest": {"topic": "rest/joint_states", "names": names[1:]}}
     entries["max_age_s"]["rest"] = entries["max_age_s"]["joint_states"]
     entries["joint_states"]["names"] = names[:1]
-    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(entries))
-    joint = Joint(slow(0.0), str(tmp_path / "robot.yaml"))
+    (folder / "robot.yaml").write_text(yaml.safe_dump(entries))
+    return str(folder / "robot.yaml")
+
+
+@pytest.mark.parametrize("way", ["emergency stop", "hold"])
+def test_a_silent_driver_of_other_joints_does_not_hide_a_blocked_one(way, tmp_path):
+    joint = Joint(slow(0.0), two_drivers(tmp_path))
     joint.ticks(8)
     assert joint.steps[-1].state == State.BASE_ONLY
     if way == "emergency stop":
@@ -187,13 +192,7 @@ def test_a_silent_driver_of_other_joints_does_not_hide_a_blocked_one(way, tmp_pa
 
 
 def test_the_first_command_waits_until_every_joint_is_measured(tmp_path):
-    entries = yaml.safe_load(robot_profile("so101").read_text())
-    names = entries["joint_states"]["names"]
-    entries["more_joint_states"] = {"rest": {"topic": "rest/joint_states", "names": names[1:]}}
-    entries["max_age_s"]["rest"] = entries["max_age_s"]["joint_states"]
-    entries["joint_states"]["names"] = names[:1]
-    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(entries))
-    joint = Joint(slow(4.7), str(tmp_path / "robot.yaml"))
+    joint = Joint(slow(4.7), two_drivers(tmp_path))
     assert [step.command for step in joint.ticks(3, silent=("rest",))] == [None] * 3
     joint.loop.take_over(np.full(6, 0.5, np.float32), joint.now_ns, joint.now_ns)
     assert joint.ticks(1, silent=("rest",))[0].command is None, "nor for a person"
