@@ -103,6 +103,11 @@ class Profile:
     ready_topic: str | None = None  # where the robot says whether it executes commands; None: it does not say
 
     @property
+    def joint_streams(self) -> dict[str, tuple[str, ...]]:
+        """Every stream of joints and its joints."""
+        return {topic.stream: topic.names for topic in self.joint_topics}
+
+    @property
     def joint_names(self) -> tuple[str, ...]:
         """All joints, in the order of a state of joints."""
         return tuple(name for topic in self.joint_topics for name in topic.names)

@@ -187,7 +187,8 @@ class CorrectionController(ManagedNode):
             return
         sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
         self._handover.threaded = True
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._handover.end)  # a stop would wait for a thread that there is not
             self._thread = TickThread(
                 self,
                 config.period_ns,
@@ -200,9 +201,7 @@ class CorrectionController(ManagedNode):
                 on_failure=lambda error: self._handover.later(partial(self._give_up, error)),
                 priority=config.realtime__priority,
             )
-        except Exception:
-            self._handover.end()  # else a stop would wait for a thread that there is not
-            raise
+            undo.pop_all()
         # A callback that holds the interpreter must not be displaced by another process while a tick waits for it.
         become_realtime(config.realtime__priority - 1)
         self.get_logger().info(f"control loop: {self._thread.scheduling}")

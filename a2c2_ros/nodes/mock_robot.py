@@ -79,9 +79,12 @@ class MockRobot(PlainNode):
         self._pushes = Pushes(np.random.default_rng(config.seed), config.push_speed_m_s)
         self._status: EpisodeStatus | None = None
         self._commanded = False
-        self._joints = {
-            joints: self.create_publisher(JointState, joints.topic, reliable_qos(1)) for joints in profile.joint_topics
-        }
+        apart = [name for joints in profile.joint_topics[1:] for name in joints.names]
+        self._joints = {}  # publisher to its joints; the first driver publishes all that it has
+        for joints in profile.joint_topics:
+            others = [name for name in self._arm.joint_names if name not in apart]
+            names = others if joints.stream == "joint_position" else joints.names
+            self._joints[self.create_publisher(JointState, joints.topic, reliable_qos(1))] = names
         self._pose = None
         if profile.ee_pose_topic is not None:
             self._pose = self.create_publisher(PoseStamped, profile.ee_pose_topic, reliable_qos(1))
@@ -199,11 +202,7 @@ class MockRobot(PlainNode):
         self._arm.advance(now_ns)
         positions, pose = self._arm.measure()
         rows = dict(zip(self._arm.joint_names, zip(positions, self._arm.velocity, strict=True), strict=True))
-        apart = {name for joints in self._profile.joint_topics[1:] for name in joints.names}
-        for joints, publisher in self._joints.items():
-            # A driver publishes all joints that it has.
-            first = joints.stream == "joint_position"
-            names = [name for name in rows if name not in apart] if first else joints.names
+        for publisher, names in self._joints.items():
             message = array_to_joint_state([rows[name][0] for name in names], names, now_ns)
             message.velocity = [float(rows[name][1]) for name in names]
             publisher.publish(message)
@@ -259,17 +258,12 @@ class MockRobot(PlainNode):
         status.steps += 1
         status.timeouts += not self._commanded
         self._commanded = False
-        values = self._positions() | {"ee_pose": self._arm.centre}
+        streams = self._profile.joint_streams
+        values = self._arm.by_stream(self._arm.position, streams) | {"ee_pose": self._arm.centre}
         if self._task.update(self._profile.robot.state_of(values)[:3]):
             self._end(EpisodeStatus.SUCCEEDED)
         elif status.steps >= self._settings.value.max_steps:
             self._end(EpisodeStatus.FAILED)
-
-    def _positions(self) -> dict[str, np.ndarray]:
-        """Every stream of joints as it is, without noise."""
-        positions = dict(zip(self._arm.joint_names, self._arm.position, strict=True))
-        topics = self._profile.joint_topics
-        return {joints.stream: np.array([positions[name] for name in joints.names]) for joints in topics}
 
     def _end(self, phase: int) -> None:
         self._publish_phase(phase)

@@ -326,6 +326,16 @@ class Arm:
         mujoco.mj_kinematics(self._model, self._believed)
         return measured, self._pose(self._believed)
 
+    def by_stream(self, positions: np.ndarray, streams: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+        """Positions of all joints as their drivers deliver them.
+
+        Args:
+            positions: (joints,) in the order of ``joint_names``.
+            streams: Stream to its joints.
+        """
+        position = dict(zip(self.joint_names, positions, strict=True))
+        return {stream: np.array([position[name] for name in names]) for stream, names in streams.items()}
+
     def _pose(self, data: mujoco.MjData) -> np.ndarray:
         quaternion = np.zeros(4)
         mujoco.mju_mat2Quat(quaternion, data.site_xmat[self._site])

@@ -146,6 +146,4 @@ class ReachEnv:
         return self._observation(*self.arm.measure()), self._task.update(truth[:3])
 
     def _observation(self, positions: np.ndarray, pose: np.ndarray) -> dict[str, np.ndarray]:
-        position = dict(zip(self.arm.joint_names, positions, strict=True))
-        joints = {stream: np.array([position[name] for name in names]) for stream, names in self._names.items()}
-        return joints | {"ee_pose": pose}
+        return self.arm.by_stream(positions, self._names) | {"ee_pose": pose}

@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = wanted_parts(args)
     check_settings(wanted[0].parent / "settings.json", {"seed": args.seed})
     if not args.assemble_only:
-        record_blocks("a2c2_ros.training.demonstrations", argv, args, "demonstrations")
+        record_blocks("a2c2_ros.training.demonstrations", argv, args, wanted, "demonstrations")
     assemble(args.out, [path for path in wanted if path.exists()], FEATURES)
     return 0
 

@@ -96,19 +96,21 @@ def wanted_parts(args: argparse.Namespace) -> list[Path]:
     return wanted
 
 
-def record_blocks(program: str, argv: Sequence[str], args: argparse.Namespace, what: str) -> None:
+def record_blocks(
+    program: str, argv: Sequence[str], args: argparse.Namespace, wanted: Sequence[Path], what: str
+) -> None:
     """Record the missing episodes in blocks, with a progress bar.
 
     Args:
         program: Module whose ``--block TASK FIRST LAST`` records a block.
         argv: Its other arguments.
         args: The same, read.
+        wanted: Files of :func:`wanted_parts`.
         what: For the progress bar.
 
     Raises:
         A2C2Error: If a block's process failed; what was finished is kept.
     """
-    wanted = wanted_parts(args)
     jobs = {}
     for first in range(0, args.episodes_per_task, BLOCK):
         last = min(first + BLOCK, args.episodes_per_task)

@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = settings_of(args)
     wanted = wanted_parts(args)
     check_settings(wanted[0].parent / "settings.json", settings)
-    record_blocks("a2c2_ros.training.on_policy", argv, args, "on-policy episodes")
+    record_blocks("a2c2_ros.training.on_policy", argv, args, wanted, "on-policy episodes")
     staging = args.out.with_name(args.out.name + ".staging")
     assemble(staging, wanted, FEATURES)
     save_executed(staging, wanted, settings["policy_id"])

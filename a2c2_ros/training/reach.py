@@ -76,7 +76,7 @@ def make_env(profile: Profile, latency_s: float, push_speed_m_s: float) -> Reach
     name = arm_of(profile.joint_names)
     return ReachEnv(
         lambda seed: Arm(name, latency_s=latency_s, noise_rad=NOISE_RAD, seed=seed),
-        {joints.stream: joints.names for joints in profile.joint_topics},
+        profile.joint_streams,
         profile.robot.state_of,
         drive,
         round(1e9 / profile.control_rate_hz),
